@@ -56,7 +56,7 @@ class Law:
 # and MinHash here, and `disk` of `tokenize` assumes token ids of four bytes, as in a large vocabulary.
 LAWS = {
     "acquire": Law(0.012, 0.1, 0.4e9, 0.0, 0.42),
-    "filter": Law(0.28, 0.1, 0.45e9, 0.0, 0.48),
+    "filter": Law(0.19, 0.1, 0.45e9, 0.0, 0.48),
     "duplicates": Law(0.003, 0.5, 0.3e9, 8.0, 0.01),
     "representatives": Law(0.005, 0.1, 0.35e9, 0.0, 0.02),
     "dedup": Law(0.01, 0.1, 0.5e9, 0.0, 0.46),

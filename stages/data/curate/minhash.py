@@ -7,12 +7,13 @@ between two.
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from itertools import chain
 
 import numpy as np
-from datatrove.utils.text import simplify_text
+from datatrove.utils.text import NUMBERS_PATTERN, PUNCTUATION_TRANS, simplify_text
 from numpy.typing import NDArray
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
@@ -21,8 +22,15 @@ from xxhash import xxh64_intdigest
 from stages.data.curate.settings import MinHash
 from stages.data.curate.words import split_words
 
+_DECIMAL_SEPARATORS = "،٫⎖⎗⎘"  # of numbers in other scripts, beside the point and the comma
+_DROPPED = "\0"
+_ASCII_BREAK, _BREAK = "\xff", "\udfff"  # stand between texts, and in none: one is not ASCII, one is not UTF-8
+_UNKNOWN, _BY_CONTEXT = 2**32 - 1, 2**32 - 2
+
+
 # Characters of text that are worked on at once: their shingles stay in the processor's cache.
 CHARACTERS = 2**16
+_table = np.full(0x110000, _UNKNOWN, np.uint32)
 UInts = NDArray[np.uint64]
 Ints = NDArray[np.int64]
 PRIME = 2**61 - 1
@@ -47,7 +55,7 @@ def shingle_sets(texts: list[str], n_grams: int) -> Iterator[NDArray[np.uint64]]
 
 def shingles(texts: list[str], n_grams: int) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
     """Returns the hashes of the n-grams of each text, one text after the other, and how many each text has."""
-    words = [split_words(simplify_text(text)) for text in texts]
+    words = [split_words(text) for text in simplify(texts)]
     counts = np.array([len(each) for each in words], np.int64)
     joined = " ".join(chain.from_iterable(words)).encode()
     # The n-grams are slices of one string, so each is hashed without joining its words again.
@@ -63,6 +71,71 @@ def jaccard(a: NDArray[np.uint64], b: NDArray[np.uint64]) -> float:
     """Returns the Jaccard index of two sets of shingles, each sorted and without repetitions, and not both empty."""
     common = len(np.intersect1d(a, b, assume_unique=True))
     return common / (len(a) + len(b) - common)
+
+
+def simplify(texts: list[str]) -> list[str]:
+    """Returns each text as datatrove's `simplify_text` gives it, but for the number of spaces between words."""
+    ascii_texts = [text for text in texts if text.isascii()]
+    other_texts = [text for text in texts if not text.isascii()]
+    simple = {True: iter(_simplify_ascii(ascii_texts)), False: iter(_simplify_any(other_texts))}
+    return [next(simple[text.isascii()]) for text in texts]
+
+
+def _simplify_ascii(texts: list[str]) -> list[str]:
+    joined = _ASCII_BREAK.join(texts).encode("latin-1").translate(_ASCII_TABLE).decode("latin-1")
+    return _without_numbers(joined).split(_ASCII_BREAK)
+
+
+def _simplify_any(texts: list[str]) -> list[str]:
+    joined = _BREAK.join(texts).lower().encode("utf-32-le", "surrogatepass")
+    codes = np.frombuffer(joined, np.uint32)
+    simple = _table[codes]
+    if (new := simple == _UNKNOWN).any():
+        for code in np.unique(codes[new]).tolist():
+            _table[code] = _simplified(chr(code))
+        simple = _table[codes]
+    hard = np.flatnonzero(simple == _BY_CONTEXT)
+    simple[hard] = ord(" ")
+    results = _without_numbers(simple.tobytes().decode("utf-32-le", "surrogatepass")).split(_BREAK)
+    if len(hard):
+        breaks = np.flatnonzero(codes == ord(_BREAK))
+        for number in np.unique(np.searchsorted(breaks, hard)).tolist():
+            results[number] = simplify_text(texts[number])
+    return results
+
+
+def _without_numbers(text: str) -> str:
+    """Makes each number, of digits 0 and at most one point inside, a single 0; then points become spaces."""
+    # Each round halves the runs of zeros.
+    while "00" in text:
+        text = text.replace("00", "0")
+    return text.replace("0.0", "0").replace(".", " ").replace(_DROPPED, "")
+
+
+def _simplified(character: str) -> int:
+    """Returns the code of the character that a lower-case character becomes.
+
+    _BY_CONTEXT if that depends on its neighbors, or is several characters.
+    """
+    if character == _BREAK:
+        return ord(_BREAK)
+    if character in "0123456789":
+        return ord("0")
+    if character in ",.":
+        return ord(".")
+    if NUMBERS_PATTERN.match(character) or character in _DECIMAL_SEPARATORS:
+        return _BY_CONTEXT
+    if character.isspace() or character.translate(PUNCTUATION_TRANS) == " ":
+        return ord(" ")
+    letters = [part for part in unicodedata.normalize("NFD", character) if unicodedata.category(part) != "Mn"]
+    if not letters:
+        return ord(_DROPPED)
+    if len(letters) > 1 or unicodedata.combining(letters[0]) or letters[0] in "0.":
+        return _BY_CONTEXT
+    return ord(letters[0])
+
+
+_ASCII_TABLE = bytes(_simplified(chr(code).lower()) for code in range(128)) + bytes(range(128, 256))
 
 
 def band_hashes(texts: list[str], settings: MinHash, seed: int) -> tuple[UInts, NDArray[np.bool_]]:
@@ -88,7 +161,9 @@ def band_hashes(texts: list[str], settings: MinHash, seed: int) -> tuple[UInts, 
 def signatures(values: UInts, sizes: Ints, count: int, seed: int) -> UInts:
     """Returns the MinHash signatures of texts, shape [texts, count].
 
-    The k-th hash of a shingle s is ((a_k s + b_k) mod 2^64) mod (2^61 - 1).
+    The k-th hash of a shingle s is ((a_k s + b_k) mod 2^64) mod (2^61 - 1). A remainder takes a division, so this adds
+    the three highest bits to the others instead, one too many. That is wrong only if the sum passes 2^61; then it is at
+    most 8, and such a text is computed again by division.
 
     Args:
         values: The shingles of one text after the other.
@@ -99,9 +174,19 @@ def signatures(values: UInts, sizes: Ints, count: int, seed: int) -> UInts:
     a, b = _permutations(count, seed % 2**32)
     starts = np.cumsum(sizes) - sizes
     result = np.empty((count, len(sizes)), np.uint64)
+    hashed, high = np.empty_like(values), np.empty_like(values)
     for k in range(count):
-        np.minimum.reduceat((values * a[k] + b[k]) % np.uint64(PRIME), starts, out=result[k])
-    return result.T
+        np.multiply(values, a[k], out=hashed)
+        np.add(hashed, b[k] + np.uint64(1), out=hashed)
+        np.right_shift(hashed, np.uint64(61), out=high)
+        np.add(hashed, high, out=hashed)
+        np.bitwise_and(hashed, np.uint64(PRIME), out=hashed)
+        np.minimum.reduceat(hashed, starts, out=result[k])
+    # So rare that the slow way costs nothing: one hash in 2^58.
+    for n in np.flatnonzero((result <= 8).any(axis=0)).tolist():
+        shingles_of_text = values[starts[n] : starts[n] + sizes[n], None]
+        result[:, n] = ((shingles_of_text * a + b) % np.uint64(PRIME)).min(axis=0) + np.uint64(1)
+    return (result - np.uint64(1)).T
 
 
 @lru_cache

@@ -9,13 +9,25 @@ import numpy as np
 import pytest
 from datatrove.pipeline.dedup import MinhashConfig, MinhashDedupSignature
 from datatrove.utils.hashing import HashConfig
+from datatrove.utils.text import simplify_text
 
-from stages.data.curate.minhash import band_hashes, components, jaccard, shingle_sets
+from stages.data.curate.minhash import PRIME, band_hashes, components, jaccard, shingle_sets, signatures, simplify
 from stages.data.curate.settings import MinHash
 from stages.data.curate.words import WORDS
 
 NUMBERS = "1, 2.50 and 1,234,567.8 and 1.2.3.4 or 3.. 4 at 10:15; 12٫5, ٣٤.٥ and 1\u03012"
 LETTERS = "Éclair naïve İstanbul ΌΣΟΣ Σ. ﬁne Ångström x² 한글 \u037e \u1fef ÅÄÖ \u0344 a\u0301b"
+SPACES = "tabs\tand\nlines\r\n\x0b\x0c\x1c\x85\u2000\u2028 \xa0 \x00\x01\xad\u200b end_of-line “quoted” — it's"
+
+
+def random_texts(count: int) -> list[str]:
+    rng = random.Random(0)
+    pool = "aB1 .,;٫٣0İΣσΟ\u0301\u0344\u037e\u2000\u00a0éÅ한글ﬁ²½¼_-'’\u2024\u302e\U0001d165ⅷ９ａ\x00\x01\x1c\x85\u200b\xad\u06dd\u0660\U00016137"
+    texts = ["".join(rng.choice(pool) for _ in range(rng.randrange(40))) for _ in range(count)]
+    for _ in range(count):
+        points = [rng.randrange(rng.choice([0x250, 0x3000, 0x110000])) for _ in range(20)]
+        texts.append("".join(chr(point) for point in points if not 0xD800 <= point < 0xE000))
+    return texts
 
 
 def english_texts(count: int) -> list[str]:
@@ -24,6 +36,12 @@ def english_texts(count: int) -> list[str]:
     vocabulary = ["".join(rng.choice("etaoinshrdlu") for _ in range(rng.randrange(1, 9))) for _ in range(2000)]
     vocabulary += [*NUMBERS.split(), *LETTERS.split(), "don't", "end.", "(so)", "3,000", "\n"]
     return [" ".join(rng.choices(vocabulary, k=rng.randrange(rng.choice([8, 400])))) for _ in range(count)]
+
+
+def test_simplified_words_are_those_of_datatrove() -> None:
+    texts = [NUMBERS, LETTERS, SPACES, "", *random_texts(3000), *english_texts(50)]
+    expected = [WORDS.word_tokenize(simplify_text(text)) for text in texts]
+    assert [WORDS.word_tokenize(text) for text in simplify(texts)] == expected
 
 
 @pytest.mark.parametrize("settings", [MinHash(), MinHash(n_grams=1, num_buckets=3, hashes_per_bucket=1)])
@@ -51,6 +69,22 @@ def test_bands_agree_exactly_where_signatures_do(settings: MinHash) -> None:
     assert any(len(table) < len(texts) - short.sum() for table in by_signature), "some texts share a band"
     expected = [np.unique(each) for each in shingles]
     assert all(np.array_equal(a, b) for a, b in zip(expected, shingle_sets(texts, settings.n_grams), strict=True))
+
+
+def test_signatures_are_exact_where_the_sum_of_their_parts_passes_the_prime() -> None:
+    signer = MinhashDedupSignature(
+        "memory://", config=MinhashConfig(num_buckets=14, seed=3, hash_config=HashConfig(precision=64)), language=WORDS
+    )
+    a, b = signer.parameters
+    odd = int(np.flatnonzero(a[0] & np.uint64(1))[0])
+    inverse = pow(int(a[0, odd]), -1, 2**64)
+    hard = [PRIME - 9, PRIME - 1, PRIME, PRIME + 1, 2 * PRIME, 2**64 - 1, 2**64 - 2**61, 2**64 - 9, 0, 7, 8, 9]
+    values = [(x - int(b[0, odd])) * inverse % 2**64 for x in hard]  # each has one of these as a s + b
+    rng = random.Random(0)
+    texts = [[value, *(rng.getrandbits(64) for _ in range(5))] for value in values]
+    expected = [signer.get_signature(np.array(each, np.uint64).reshape(-1, 1)) for each in texts]
+    signed = signatures(np.array(texts, np.uint64).ravel(), np.full(len(texts), 6), 112, 3)
+    assert np.array_equal(signed, np.array(expected).reshape(len(texts), -1))
 
 
 def test_jaccard_index() -> None:
