@@ -45,7 +45,7 @@ ClassPath = Annotated[
     ),
 ]
 # {registry: {name: class}}.
-Extensions = dict[RegistryName, Annotated[dict[Key, ClassPath], Field(max_length=100)]]
+Extensions = Annotated[dict[RegistryName, Annotated[dict[Key, ClassPath], Field(max_length=100)]], Field(max_length=9)]
 
 
 class _Recipe(BaseModel):

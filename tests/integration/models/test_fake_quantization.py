@@ -20,10 +20,7 @@ pytestmark = pytest.mark.numeric
 QKV, PROJ = "self_attention.linear_qkv", "self_attention.linear_proj"
 EXPECTED = {(layer, name) for layer in range(3) for name in (QKV, PROJ)}
 EXPECTED |= {(0, "mlp.linear_fc1"), (0, "mlp.linear_fc2")}
-EXPECTED |= {
-    (layer, f"mlp.{part}.{name}")
-    for layer in (1, 2) for part in ("experts", "shared_experts") for name in ("linear_fc1", "linear_fc2")
-}  # fmt: skip
+EXPECTED |= {(layer, f"mlp.experts.{name}") for layer in (1, 2) for name in ("linear_fc1", "linear_fc2")}
 
 
 def test_every_linear_layer_and_nothing_else_is_rounded() -> None:
