@@ -24,7 +24,7 @@ DIGESTS = {
     "common-pile": "bb367339d",
     "the-stack": "cf014e650",
     "tulu-3": "223821a0a",
-    "dep5": "a7f48ed5e",
+    "dep5": "d54d098f1",
     "pep639": "1c2003c16",
 }
 """The first digits of the SHA-256 of each map, and the version of acquire that reads them."""

@@ -48,7 +48,7 @@ def test_a_task_that_sees_one_gpu_takes_it() -> None:
 
 
 def test_variables_of_a_layout() -> None:
-    one, cut = Layout(), Layout(ranks=8, tp=2, deterministic=True)
+    one, cut = Layout(), Layout(ranks=8, tp=2, cuda_graphs=True, deterministic=True)
     variables = gpu_environment.variables(one)
     assert set(variables) == {"PYTORCH_CUDA_ALLOC_CONF", "CUDA_DEVICE_MAX_CONNECTIONS"}
     assert (variables | gpu_environment.variables(cut))["CUDA_DEVICE_MAX_CONNECTIONS"] == "1"
