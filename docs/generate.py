@@ -119,6 +119,15 @@ def texts_below(module: ast.Module, name: str) -> dict[str, str]:
     return texts
 
 
+def meanings(owner: type) -> dict[str, str]:
+    """The text below each field of a class, its bases' first."""
+    texts: dict[str, str] = {}
+    for kind in reversed(owner.__mro__):
+        if kind.__module__.partition(".")[0] in ("pipeline", "stages", "release"):
+            texts |= texts_below(ast.parse(inspect.getsource(importlib.import_module(kind.__module__))), kind.__name__)
+    return texts
+
+
 def with_part(name: str, *parts_and_bodies: str) -> str:
     """A page with what is generated between the two marks of each part."""
     page = (FOLDER / name).read_text(encoding="utf-8")
@@ -286,7 +295,7 @@ class Document:
             yield from self._settings(section.model, first)
 
     def _settings(self, model: type[BaseModel], path: str) -> Iterator[str]:
-        rows, unions = [], []
+        rows, unions, texts = [], [], meanings(model)
         for name, info in model.model_fields.items():
             nested = [self.sections[kind] for kind, _ in nested_models(info.annotation, "")]
             if len(nested) > 1:
@@ -295,7 +304,7 @@ class Document:
             kind, bounds = self._describe(info.annotation, info.metadata)
             extra = info.json_schema_extra
             operational = isinstance(extra, dict) and extra.get("identity") is False
-            text = ("*Operational.* " if operational else "") + " ".join((info.description or "").split())
+            text = ("*Operational.* " if operational else "") + texts.get(name, "")
             rows.append((f"`{name}`", kind, default_of(info), bounds, text.strip()))
         if rows:
             yield from described(("setting", "type", "default", "range", "description"), rows)

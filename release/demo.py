@@ -17,10 +17,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from pipeline.core.errors import AtomError
 from pipeline.core.progress import duration, human
+from pipeline.core.yaml_text import read_trusted
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -30,7 +29,7 @@ if TYPE_CHECKING:
 
 # The namespace on the local Hub, and the token that it takes.
 NAMESPACE, TOKEN = "local", "hf_local"
-WORDS: dict[str, dict[str, str]] = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text("utf-8"))
+WORDS: dict[str, dict[str, str]] = read_trusted(Path(__file__).with_suffix(".yaml"))
 # {command or kind of stage: the words on what it proves}
 PROVES, STAGES_PROVE = WORDS["commands"], WORDS["stages"]
 # Sealed stages on the screen, and characters of output that are printed with an error.

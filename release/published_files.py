@@ -16,12 +16,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 from pipeline.core.parts import PART_NAME
 from pipeline.core.source_code import PACKAGES, SUFFIXES
 from pipeline.core.store import Artifact
 from pipeline.core.text import printable
+from pipeline.core.yaml_text import read_trusted
 from release.layout import (
     ALL_SUMS,
     EXPORTED,
@@ -197,7 +196,7 @@ def _files(group: Mapping[str, Any]) -> Iterator[PublishedFile]:
 
 def _read_lists() -> dict[str, FileList]:
     """Reads published_files.yaml."""
-    table = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text("utf-8"))
+    table = read_trusted(Path(__file__).with_suffix(".yaml"))
     del table["names"]
     return {
         kind: FileList(

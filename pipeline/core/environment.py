@@ -77,7 +77,9 @@ def packages() -> dict[str, str]:
     """Returns {distribution: version} of everything importable here, sorted by name: the environment lock."""
     # Vendored packages are importable only after the import of their parent.
     distributions = (d for d in metadata.distributions() if "_vendor" not in Path(str(d.locate_file(""))).parts)
-    return dict(sorted((d.metadata["Name"].lower(), d.version) for d in distributions if d.metadata["Name"]))
+    # Each look at `metadata` parses the file again.
+    fields = (distribution.metadata for distribution in distributions)
+    return dict(sorted((row["Name"].lower(), row["Version"]) for row in fields if row["Name"]))
 
 
 @cache

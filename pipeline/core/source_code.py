@@ -21,6 +21,7 @@ import shutil
 import subprocess
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path, PurePath
 from types import MappingProxyType
@@ -61,37 +62,43 @@ def _digest(path: Path) -> str:
     return sha256_file(path)
 
 
+@dataclass(frozen=True)
+class _Named:
+    """The files that the code of a module names.
+
+    Attributes:
+        modules: Modules of atom that it imports, or whose full name is a string in it.
+        texts: Templates and tables beside it: what they say is code too.
+    """
+
+    modules: tuple[str, ...] = ()
+    texts: tuple[Path, ...] = ()
+
+
 @cache
-def _imports(module: str) -> tuple[str, ...]:
+def _named(module: str) -> _Named:
     path = _locate(module)
     if path is None:
-        return ()
+        return _Named()
     modules: set[str] = set()
+    strings: set[str] = set()
     for node in ast.walk(ast.parse(path.read_bytes())):
-        if isinstance(node, ast.Import):
+        if isinstance(node, ast.Constant):
+            if isinstance(node.value, str) and "." in node.value:
+                strings.add(node.value)
+        elif isinstance(node, ast.Import):
             modules.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
             modules.add(node.module)
             # An imported name may itself be a module.
             modules.update(f"{node.module}.{alias.name}" for alias in node.names)
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and not module.startswith("pipeline."):
-            modules.update([node.value.partition(":")[0]] if "." in node.value else [])
-    return tuple(sorted(name for name in modules if name.split(".")[0] in OURS and _locate(name)))
-
-
-@cache
-def _texts_beside(module: str) -> tuple[Path, ...]:
-    """Returns the templates and tables beside a module whose names it states: what they say is code too."""
-    path = _locate(module)
-    constants = (
-        (node.value for node in ast.walk(ast.parse(path.read_bytes())) if isinstance(node, ast.Constant))
-        if path
-        else ()
+    if not module.startswith("pipeline."):
+        modules.update(text.partition(":")[0] for text in strings)
+    names = (text for text in strings if PurePath(text).suffix in TEXTS and "/" not in text)
+    return _Named(
+        tuple(sorted(name for name in modules if name.split(".")[0] in OURS and _locate(name))),
+        tuple(sorted(file for name in names if (file := path.with_name(name)).is_file())),
     )
-    names = {
-        value for value in constants if isinstance(value, str) and PurePath(value).suffix in TEXTS and "/" not in value
-    }
-    return tuple(sorted(file for name in names if path and (file := path.with_name(name)).is_file()))
 
 
 def closure(module: str, chosen: Mapping[str, Sequence[str]] = MappingProxyType({})) -> dict[str, str]:
@@ -115,8 +122,9 @@ def closure(module: str, chosen: Mapping[str, Sequence[str]] = MappingProxyType(
             continue
         digests[name] = _digest(path)
         package = "/".join(name.split(".")[:-1] if path.name != "__init__.py" else name.split("."))
-        digests.update({f"{package}/{file.name}": _digest(file) for file in _texts_beside(name)})
-        pending.extend(_imports(name))
+        named = _named(name)
+        digests.update({f"{package}/{file.name}": _digest(file) for file in named.texts})
+        pending.extend(named.modules)
     return dict(sorted(digests.items()))
 
 

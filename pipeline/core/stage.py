@@ -24,12 +24,11 @@ Inputs = Mapping[str, Artifact]
 class Config(BaseModel):
     """Base of every recipe section and stage config: unknown fields are errors, values are frozen.
 
-    The text below a field is its description, in schemas and in docs/configuration.md.
+    The text below a field is its description in docs/configuration.md.
     """
 
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True, use_attribute_docstrings=True
-    )
+    # A command uses few of the classes, and imports all of them.
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True, defer_build=True)
 
 
 def operational(default: Any, **rules: Any) -> Any:

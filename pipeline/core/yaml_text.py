@@ -1,8 +1,8 @@
 """Reads the YAML of recipes and profiles: bounded in size, depth and expansion, and with the types of YAML 1.2.
 
 Recipes are untrusted, so a file of any size or depth is safe to read: aliases count with the size of their values.
-PyYAML's own constructors are not used: they follow YAML 1.1, in which `no` is false, `1:30` is 90, `010` is 8 and a
-date is not a text, and some tags raise a traceback.
+PyYAML's own constructors are not used for recipes: they follow YAML 1.1, in which `no` is false, `1:30` is 90, `010`
+is 8 and a date is not a text, and some tags raise a traceback.
 """
 
 from __future__ import annotations
@@ -50,6 +50,11 @@ def read_file(path: Path, title: str, limit: int = MOST_BYTES) -> bytes:
     if len(data) > limit:
         raise RecipeError(f"{title}: is larger than {limit // 1024} KiB; this is no file of settings")
     return data
+
+
+def read_trusted(path: Path) -> Any:
+    """Returns the content of a YAML file that is part of this project, as PyYAML reads it."""
+    return yaml.load(path.read_bytes(), _PARSER)
 
 
 def parse_yaml(data: bytes, title: str) -> dict[str, Any]:

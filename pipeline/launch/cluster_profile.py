@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from pipeline.core.bounds import Flag, Key, Line, LongLine, Range, Text, Variable, Words
 from pipeline.core.errors import RecipeError
@@ -81,13 +81,7 @@ Option = Annotated[str, Words(1000, _FORM, r"--[a-z][a-z0-9-]*(=[^\s'\"\\`$;<>]+
 Options = Annotated[tuple[Option, ...], Field(max_length=100)]
 
 
-class Section(Config):
-    """Base of the sections of a profile: the text below a field is its description."""
-
-    model_config = ConfigDict(use_attribute_docstrings=True)
-
-
-class Local(Section):
+class Local(Config):
     """Use of this machine by `atom run`."""
 
     jobs: Annotated[int, Range(1, 4096)] = 2
@@ -102,7 +96,7 @@ Watts = Annotated[float, Range(0, 1e5)]
 Price = Annotated[float, Range(0, 1e6)]
 
 
-class Power(Section):
+class Power(Config):
     """Power for the estimates of energy and of training time."""
 
     watts_per_core: Watts
@@ -111,7 +105,7 @@ class Power(Section):
     """power of one busy GPU in watts, which also decides its clock in estimates"""
 
 
-class Prices(Section):
+class Prices(Config):
     """Prices per hour: `atom status` shows the cost so far, `atom plan` the expected cost."""
 
     gpu_hour: Price = 0.0
@@ -122,7 +116,7 @@ class Prices(Section):
     """currency of the prices"""
 
 
-class Rate(Section):
+class Rate(Config):
     """Speed of a GPU in one precision."""
 
     peak_tflops: Annotated[float, Range(1e-3, 1e6, "H100 in bf16: 989")]
@@ -139,7 +133,7 @@ class Rate(Section):
 Bandwidth = Annotated[float, Range(1e-3, 1e6)]
 
 
-class Gpu(Section):
+class Gpu(Config):
     """Speed and memory of the GPUs, which `atom plan --cluster` uses; `atom submit` refuses what does not fit."""
 
     name: Line
@@ -172,7 +166,7 @@ class Gpu(Section):
         return rate
 
 
-class Container(Section):
+class Container(Config):
     """Container of the stages, with Python and the packages. The code comes from a snapshot in $ATOM_HOME."""
 
     kind: Literal["pyxis", "apptainer", "bubblewrap"]
@@ -195,7 +189,7 @@ SlurmExpression = Annotated[
 ]
 
 
-class Resources(Section):
+class Resources(Config):
     """Resources that jobs of one kind request from Slurm."""
 
     partition: SlurmName
@@ -340,7 +334,7 @@ class Allocation:
         return self.nodes * self.ranks_per_node
 
 
-class Slurm(Section):
+class Slurm(Config):
     """Use of a Slurm cluster by `atom submit`."""
 
     cpu: Jobs
@@ -453,7 +447,7 @@ class Slurm(Section):
         return Allocation(section, jobs, ranks // ranks_per_node, ranks_per_node, needs.gpus or 1)
 
 
-class Storage(Section):
+class Storage(Config):
     """Space of the storage that the stages may take.
 
     `atom plan --cluster` compares them with what the stages need, and `atom submit` refuses what does not fit.
@@ -465,7 +459,7 @@ class Storage(Section):
     """files that $ATOM_HOME may hold (inodes); null: not limited"""
 
 
-class Profile(Section):
+class Profile(Config):
     """A cluster profile: one file of `pipeline/clusters/`."""
 
     name: Key

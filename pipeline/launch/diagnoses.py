@@ -20,12 +20,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from pipeline.core import os_errors
 from pipeline.core.environment import node_name
 from pipeline.core.errors import AtomError, Failure, Interrupted, Kind, installing
 from pipeline.core.store import Store
+from pipeline.core.yaml_text import read_trusted
 from pipeline.launch.slurm_client import Job
 
 # The exit code on a node without the run's files: EX_UNAVAILABLE of sysexits.h.
@@ -34,7 +33,7 @@ NO_HOME_CODE = 69
 
 def _table(name: str) -> dict[str, dict[str, Any]]:
     """Reads a table that lies beside this module."""
-    table: dict[str, dict[str, Any]] = yaml.safe_load(Path(__file__).with_name(name).read_text(encoding="utf-8"))
+    table: dict[str, dict[str, Any]] = read_trusted(Path(__file__).with_name(name))
     return table
 
 

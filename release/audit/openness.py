@@ -19,6 +19,7 @@ import yaml
 
 from pipeline.core import provenance
 from pipeline.core.errors import AtomError
+from pipeline.core.yaml_text import read_trusted
 from release import layout, references, schema
 from release.audit.replay.plan import Plan, select_steps
 from release.audit.replay.report import read_certificates
@@ -351,7 +352,7 @@ def rows(folder: Path, identity: str = "") -> Iterator[Row]:
     schema.require_readable(folder)
     published = Published(folder, identity)
     functions = {function.__name__: function for function in FUNCTIONS}
-    for question in yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text("utf-8")):
+    for question in read_trusted(Path(__file__).with_suffix(".yaml")):
         if "function" in question:
             answer, reason, evidence = functions[question["function"]](published, question["evidence"])
         elif "gate" in question:

@@ -10,10 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from pipeline.core.parts import PART_PATTERN, part_number
 from pipeline.core.store import sha256_file
+from pipeline.core.yaml_text import read_trusted
 from release import layout
 from release.facts.data_facts import DataFacts, SourceFacts
 from release.facts.published_tables import read_json
@@ -26,7 +25,7 @@ LOADED = 256 << 20
 TYPES = {"double": "sc:Float", "float": "sc:Float", "bool": "sc:Boolean"}
 TYPES |= dict.fromkeys(("int16", "int32", "int64", "uint64"), "sc:Integer")
 """{type of a column: its type in Croissant}; others are sc:Text."""
-WORDS = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text("utf-8"))
+WORDS = read_trusted(Path(__file__).with_suffix(".yaml"))
 CONTEXT: dict[str, Any] = {term: f"cr:{term}" for term in WORDS["terms"]} | WORDS["context"]
 
 

@@ -9,9 +9,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from pipeline.core.text import escaped
+from pipeline.core.yaml_text import read_trusted
 from release.facts import run_facts
 from release.facts.data_facts import DataFacts
 from release.facts.forecast import FOLDER, NAMES
@@ -27,7 +26,7 @@ MOST_CHANGES = 30
 """Changed settings that a card lists."""
 MOST_LICENSES = 8
 """Licenses that a source's row lists."""
-WORDS: dict[str, Any] = yaml.safe_load((Path(__file__).parent / "titles.yaml").read_text("utf-8"))
+WORDS: dict[str, Any] = read_trusted(Path(__file__).parent / "titles.yaml")
 TITLES: dict[str, str] = WORDS["models"]
 """Titles of exported models, after the phase that made them."""
 PUBLISHED = "published base"

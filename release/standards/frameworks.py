@@ -16,6 +16,7 @@ from typing import Any
 
 import yaml
 
+from pipeline.core.yaml_text import read_trusted
 from release import layout
 from release.layout import MODEL, WITHOUT_ORDER, numbered
 from release.standards.standard_facts import NOT_STATED, StandardFacts, address
@@ -29,7 +30,7 @@ CODE_LICENSE = "code/LICENSE"
 NOT_INCLUDED = "Component not included"
 NO_CLASS = "none"
 CLASSES = {0: NO_CLASS, 1: "Class I: Open Science", 2: "Class II: Open Tooling", 3: "Class III: Open Model"}
-TABLES = yaml.safe_load((Path(__file__).parent / "frameworks.yaml").read_text("utf-8"))
+TABLES = read_trusted(Path(__file__).parent / "frameworks.yaml")
 """The components of the framework, and the names of open licenses."""
 OSI_APPROVED = frozenset(TABLES["osi_approved"])
 """Licenses of software that the Open Source Initiative approved, as far as releases have used them."""

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from markupsafe import Markup
 
 from pipeline.core.text import escaped, short
+from pipeline.core.yaml_text import read_trusted
 from release import scratch
 from release.cards import card_tables, caveats, plots, tables
 from release.facts.data_facts import DataFacts
@@ -37,7 +37,7 @@ TEMPLATE = "page.html.jinja"
 ARTIFACTS = 200
 """Artifacts that the page lists, the first ones by name."""
 TRAINING = "evidence/training"
-TITLES: dict[str, dict[str, str]] = yaml.safe_load((FOLDER / "titles.yaml").read_text("utf-8"))
+TITLES: dict[str, dict[str, str]] = read_trusted(FOLDER / "titles.yaml")
 """Titles of tables of the cards and captions of plots, in the order of the page."""
 IN_PLAIN_TEXT = ("evaluation", "passkeys")
 """Tables of the model whose columns are from `dataset/evaluation/<model>/scores.json`."""

@@ -30,6 +30,7 @@ from pydantic import model_validator
 from pipeline.core.bounds import MOST_SOURCES, Range, SourceName
 from pipeline.core.errors import RecipeError
 from pipeline.core.stage import Config, Estimate, Inputs, Report, Stage, added
+from pipeline.core.yaml_text import read_trusted
 from stages.formats.table import write_json
 from stages.formats.text_sample import Sample, choose_files, interleave
 
@@ -176,9 +177,7 @@ def inference_template() -> str:
 
 def response_template() -> Any:
     """Returns the parts of an answer that parsers of runtimes read."""
-    import yaml
-
-    return yaml.safe_load(Path(__file__).with_name("response_template.yaml").read_text("utf-8"))
+    return read_trusted(Path(__file__).with_name("response_template.yaml"))
 
 
 def tokenizer_config() -> dict[str, Any]:

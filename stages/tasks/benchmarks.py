@@ -19,13 +19,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypedDict
 
-import yaml
 from pydantic import Field, model_validator
 
 from pipeline.core.bounds import Key, License, Range, SourceName, Text, Words
 from pipeline.core.errors import AtomError, RecipeError, installing
 from pipeline.core.stage import Config, Estimate, Inputs, Report, Stage, operational
 from pipeline.core.store import Artifact, sha256_file
+from pipeline.core.yaml_text import read_trusted
 from stages.formats.file_digests import TreeDigest, tree_digest
 from stages.formats.table import Int32, String, columns_of, read_table, write_json, write_rows
 
@@ -59,7 +59,7 @@ class TaskSet(Config):
 
 def _packaged() -> dict[str, TaskSet]:
     """Returns the task sets of task_sets.yaml, by name."""
-    body = yaml.safe_load(Path(__file__).with_name("task_sets.yaml").read_text())
+    body = read_trusted(Path(__file__).with_name("task_sets.yaml"))
     return {name: TaskSet(name=name, **fields) for name, fields in body.items()}
 
 

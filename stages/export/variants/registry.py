@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
+from pipeline.core.yaml_text import read_trusted
 from stages.models.base import ModelConfig
 
 VariantName = Literal["bf16", "gguf-f16", "gguf-q8_0", "gguf-q4_0", "fp8", "adapter"]
@@ -36,7 +35,7 @@ class Variant:
     serving: str
 
 
-_CONTENT = yaml.safe_load(Path(__file__).with_name("variants.yaml").read_text("utf-8"))
+_CONTENT = read_trusted(Path(__file__).with_name("variants.yaml"))
 VARIANTS: dict[VariantName, Variant] = {name: Variant(**row) for name, row in _CONTENT["variants"].items()}
 QUANTIZATION_CONFIG: dict[str, Any] = _CONTENT["quantization_config"]
 
