@@ -130,7 +130,7 @@ PARTS = {
         "Real vLLM servers in Slurm jobs beside RL: canceled, started again, orphaned; ATOM_VLLM_PYTHON names their Python.",
     ),
     "training": Part(
-        test_steps(*integration_tests("adapter", "asynchronous", "cluster_recipes", "deepseek_v3", "dense_model", "device_test", "fake_quantization", "glm4_moe", "start_records", "layouts", "million_tokens", "model_rope", "precision_simulation", "rank_simulation", "ranks", "replay", "replay_answers", "rl_rank_simulation", "reward_hack", "rlvr", "run", "seal", "slow_ranks", "spikes", "tools", "tracking", "train_loop")),
+        test_steps(*integration_tests("adapter", "asynchronous", "cluster_recipes", "deepseek_v3", "dense_model", "device_test", "fake_quantization", "glm4_moe", "start_records", "layouts", "million_tokens", "model_rope", "precision_simulation", "probes", "rank_simulation", "ranks", "replay", "replay_answers", "rl_rank_simulation", "reward_hack", "rlvr", "run", "seal", "slow_ranks", "spikes", "tools", "tracking", "train_loop", "verdicts")),
         ["tests", "result"],
         "Every feature in every layout, runs that are killed, stopped and simulated, and the memory of simulated layouts.",
     ),
@@ -180,7 +180,7 @@ PARTS = {
         test_steps("tests/integration/pipeline/test_bench.py"), ["tests", "result"], "Every benchmark on a tiny model.",
     ),
     "release": Part(
-        test_steps(*integration_tests("adapter", "big_uploads", "continue", "demo", "downstream", "export", "failures", "hub_paths", "keyless", "lora", "other_platforms", "page_space", "prediction", "publish_races", "published_base", "release_build", "release_faults", "release_flips", "release_lies", "release_publish", "release_verify", "retract", "sign", "sizes", "terminal_commands", "tutorials", "variants", "wheel", "damaged_home")),
+        test_steps(*integration_tests("adapter", "big_uploads", "continue", "demo", "downstream", "export", "failures", "hub_paths", "keyless", "lora", "other_platforms", "page_space", "pages", "prediction", "publish_races", "published_base", "release_build", "release_faults", "release_flips", "release_lies", "release_publish", "release_verify", "retract", "sign", "sizes", "terminal_commands", "tutorials", "variants", "wheel", "damaged_home")),
         ["tests", "result"], "Building, signing, publishing, pulling and retracting at length: every request of a publication fails once, a "
         "thousand bytes of a release are flipped, and the tutorials and the demo run whole.",
     ),

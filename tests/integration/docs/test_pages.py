@@ -11,6 +11,7 @@ import pytest
 from docs import examples
 from tests.fixtures import ROOT, page_fixtures
 from tests.fixtures.page_fixtures import TUTORIALS, compare
+from tests.fixtures.run_fixtures import at_length
 
 README = ROOT / "README.md"
 PAGES = [
@@ -161,7 +162,14 @@ assert len(conversations) > 50 and conversations[0]["messages"][-1]["role"] == "
 """
 
 
-@pytest.mark.parametrize("folder", ["model", "model-sft", "model-mid", "model-base", "dataset", "checkpoints", "."])
+# One template writes the cards of all models.
+CARDS = [
+    "model", "dataset", "checkpoints", ".",
+    *(pytest.param(folder, marks=at_length("release", 15)) for folder in ("model-sft", "model-mid", "model-base")),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("folder", CARDS)
 def test_the_examples_of_a_card_run_against_the_hub(place: examples.Place, folder: str) -> None:
     """By the names of the repositories, with the packages of this environment. A model gives the answer on its card."""
     release = place.folder / "runs/releases/atom-smoke-0.1.0"

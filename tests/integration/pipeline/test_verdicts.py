@@ -18,20 +18,25 @@ from pipeline.graph import run as runs
 from pipeline.launch import cluster_profile
 from pipeline.launch.local import LocalLauncher
 from tests.fixtures import verdict_fixtures
+from tests.fixtures.run_fixtures import at_length
 
 WAYS = [
     ("collective", 1, Kind.BUG, "rank 1: a bug in stage failing: KeyError"),
+    ("kill", 3, Kind.MACHINE, "rank 3: its process is gone, perhaps killed for memory"),
+    ("abandon", 2, Kind.MACHINE, "rank 2: no step was finished for 5 s"),
+]
+AT_LENGTH = [
     ("check", 1, Kind.CHECK, "rank 1: the weights that come back are others"),
     ("user", 0, Kind.USER, "recipe r: this cannot be"),
-    ("kill", 3, Kind.MACHINE, "rank 3: its process is gone, perhaps killed for memory"),
     ("abandon", 0, Kind.MACHINE, "no step was finished for 5 s"),
-    ("abandon", 2, Kind.MACHINE, "rank 2: no step was finished for 5 s"),
+]
+CASES = [
+    *(pytest.param(*way, id=f"{way[0]}-{way[1]}") for way in WAYS),
+    *(pytest.param(*way, id=f"{way[0]}-{way[1]}", marks=at_length("training", 10)) for way in AT_LENGTH),
 ]
 
 
-@pytest.mark.parametrize(
-    ("way", "failing_rank", "kind", "sentence"), WAYS, ids=[f"{way}-{failing_rank}" for way, failing_rank, *_ in WAYS]
-)
+@pytest.mark.parametrize(("way", "failing_rank", "kind", "sentence"), CASES)
 def test_a_failure_of_one_rank_ends_all_within_seconds(
     way: str, failing_rank: int, kind: Kind, sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -131,8 +131,11 @@ def test_a_publication_that_is_killed_at_every_few_requests_ends_verified(copy: 
 
 
 POINTS = [
-    "another release", "a staging branch",
-    *(pytest.param(p, marks=at_length("release", 60)) for p in ("a second commit", "a tag", "the Space")),
+    "a staging branch",
+    *(
+        pytest.param(point, marks=at_length("release", 60))
+        for point in ("another release", "a second commit", "a tag", "the Space")
+    ),
 ]  # fmt: skip
 
 

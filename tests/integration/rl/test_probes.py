@@ -17,6 +17,7 @@ from stages.rl.rollout import tasks
 from stages.rl.rollout.tasks import ProbedBin, probe, require_solving
 from stages.tasks import Row, eval_set, to_row
 from tests.fixtures import chat_fixtures
+from tests.fixtures.run_fixtures import at_length
 from tests.fixtures.sandbox_fixtures import NEEDS_BUBBLEWRAP
 from tests.fixtures.verifier_fixtures import Server, serve
 
@@ -52,7 +53,11 @@ def flips(*answers: str) -> list[Row]:
 
 @pytest.mark.parametrize(
     ("dataset", "answer"),
-    [("complex_arithmetic", "'nan'"), ("coin_flip", "'0'"), ("time_intervals", "the frequent answer")],
+    [
+        ("time_intervals", "the frequent answer"),
+        pytest.param("complex_arithmetic", "'nan'", marks=at_length("training", 15)),
+        pytest.param("coin_flip", "'0'", marks=at_length("training", 15)),
+    ],
 )
 def test_a_dataset_that_rewards_a_constant_is_refused(
     items: Artifact, tmp_path: Path, dataset: str, answer: str
