@@ -118,13 +118,18 @@ def fields_of(owner: type, file: str) -> Iterator[str]:
         )
     if is_typeddict(owner) and not is_table:
         names.sort(key=list(texts).index)
-    optional = getattr(owner, "__optional_keys__", frozenset())
-    rows = []
-    for name in names:
-        is_optional = name in optional or get_origin(hints[name]) is NotRequired
-        rows.append((f"`{name}`", in_words(hints[name]) + ", optional" * is_optional, texts[name]))
+    optional = {name: ", optional" for name in optional_fields(owner)}
+    rows = [(f"`{name}`", in_words(hints[name]) + optional.get(name, ""), texts[name]) for name in names]
     head = "column" if is_table else "field"
     yield from described((f"{head} of `{file}`" if file else head, "type", "meaning"), rows)
+
+
+def optional_fields(owner: type) -> set[str]:
+    """The names of the fields of a TypedDict that may be absent."""
+    hints = get_type_hints(owner, include_extras=True)
+    # Python finds no NotRequired in an annotation that is a text.
+    stated = {name for name, hint in hints.items() if get_origin(hint) is NotRequired}
+    return stated | getattr(owner, "__optional_keys__", frozenset())
 
 
 def arrow_type(hint: Any) -> str:
@@ -152,7 +157,8 @@ def in_words(hint: Any) -> str:
         return f"list of {in_words(arguments[0])}"
     if hint in SCALARS:
         return SCALARS[hint]
-    words = f"`{{{', '.join(get_type_hints(hint))}}}`"
+    optional = optional_fields(hint)
+    words = f"`{{{', '.join(f'{name}?' if name in optional else name for name in get_type_hints(hint))}}}`"
     return "object" if issubclass(hint, BaseModel) or len(words) > TYPE_WIDTH else words
 
 

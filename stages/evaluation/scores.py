@@ -171,4 +171,4 @@ class ContaminationReport(VerdictCounts):
     read: dict[str, int]
     """number of texts that were searched, by phase"""
     scores: dict[str, dict[str, ScoresByVerdict]]
-    """by table and kind, the mean score of all items and of the clean ones; null for fewer than two items"""
+    """by table and kind, the mean score of all items and of the clean ones"""

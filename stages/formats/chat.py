@@ -193,7 +193,7 @@ class MessagesRow(TypedDict):
     license: Annotated[str, "string"]
     """license of the document"""
     messages: list[dict[str, Any]]
-    """its messages, below"""
+    """messages of the conversation"""
     tools: Annotated[str | None, "string"]
     """JSON of the list of schemas; null without tools"""
 

@@ -31,7 +31,7 @@ class ToolCall(TypedDict):
     tool: str
     """name of the tool; empty if the request cannot be read"""
     status: str
-    """`ok`, or what went wrong, below"""
+    """`ok`, or what went wrong"""
     result: str
     """text that the model received"""
 

@@ -157,7 +157,7 @@ class Bare(TypedDict):
         (
             Model,
             "",
-            ["| `parts` | list of `{path, size}`, nullable | the parts |", "| `others` | object | the others |"],
+            ["| `parts` | list of `{path, size?}`, nullable | the parts |", "| `others` | object | the others |"],
         ),
         (Entry, "", ["| `kind` | `a`, `b` | its kind |", "| `model` | object | a model |"]),
         (Entry, "", ["| `figures` | mapping to mapping to float | SHA-256 of each \\| by name and place |"]),

@@ -236,7 +236,7 @@ class VariantLoss(TypedDict):
     bytes: Mapping[str, int]
     """bytes of the files of weights of `variant` and `original`"""
     divergence: Divergence
-    """the divergence of all texts, below"""
+    """the divergence of all texts"""
     bits_per_byte: Compared
     """`bits_per_byte_all` of both"""
     accuracy: Compared

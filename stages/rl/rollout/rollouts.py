@@ -75,7 +75,7 @@ class Rollout:
         text: The text that is scored; with tools that of the last turn.
         finished: Whether the answer ended by itself.
         reward: Reward by the verifier.
-        parts: Parts of the reward; a column of JSON.
+        parts: Parts of the reward, in the column as JSON.
         verifier: Name of the verifier.
         verifier_version: Version of the verifier.
         dropped: Empty, or the reason why no update used the answer, below.
@@ -84,28 +84,28 @@ class Rollout:
         turns: Only of phases with tools: the turns of the answer.
     """
 
-    step: int
-    wave: int
-    group: int
-    sample: int
-    task: str
-    kind: str
-    level: int
-    policy: str
-    seed: int
-    prompt_ids: Sequence[int]
-    ids: Sequence[int]
-    logprobs: Sequence[float]
-    text: str
-    finished: bool
-    reward: float
-    parts: Mapping[str, float]
-    verifier: str
-    verifier_version: str
-    dropped: str
-    issued: int | None = None
-    versions: Sequence[Span] | None = None
-    turns: Sequence[Turn] | None = None
+    step: Int32
+    wave: Int32
+    group: Int32
+    sample: Int32
+    task: String
+    kind: String
+    level: Int32
+    policy: String
+    seed: Annotated[int, "uint64"]
+    prompt_ids: Annotated[Sequence[int], "list of int32"]
+    ids: Annotated[Sequence[int], "list of int32"]
+    logprobs: Annotated[Sequence[float], "list of float"]
+    text: String
+    finished: Annotated[bool, "bool"]
+    reward: Double
+    parts: Annotated[Mapping[str, float], "string"]
+    verifier: String
+    verifier_version: String
+    dropped: String
+    issued: Annotated[int | None, "int32"] = None
+    versions: Annotated[Sequence[Span] | None, "list of structures"] = None
+    turns: Annotated[Sequence[Turn] | None, "list of structures"] = None
 
     @property
     def is_sampled(self) -> list[bool]:
@@ -168,17 +168,14 @@ def schema(asynchronous: bool = False, tools: bool = False) -> pa.Schema:
     import pyarrow as pa
 
     ids, text = pa.list_(pa.int32()), pa.string()
-    types = {name: pa.int32() for name in ("step", "wave", "group", "sample", "level")}
-    types |= {"seed": pa.uint64(), "prompt_ids": ids, "ids": ids, "logprobs": pa.list_(pa.float32())}
-    types |= {"finished": pa.bool_(), "reward": pa.float64(), "issued": pa.int32()}
     span = {"version": pa.int32(), "policy": text, "tokens": pa.int32()}
-    types |= {"versions": pa.list_(pa.struct(list(span.items())))}
     call = pa.struct([(name, text) for name in ToolCall.__annotations__])
     turn = {"sampled": pa.int32(), "calls": pa.list_(call), "appended": pa.int32()}
-    types |= {"turns": pa.list_(pa.struct(list(turn.items())))}
+    lists = {"prompt_ids": ids, "ids": ids, "logprobs": pa.list_(pa.float32())}
+    lists |= {name: pa.list_(pa.struct(list(row.items()))) for name, row in (("versions", span), ("turns", turn))}
     present = {"issued": asynchronous, "versions": asynchronous, "turns": tools}
-    names = [name for name in Rollout.__dataclass_fields__ if present.get(name, True)]
-    return pa.schema([(name, types.get(name, text)) for name in names])
+    columns = {name: kind for name, kind in columns_of(Rollout).items() if present.get(name, True)}
+    return pa.schema([(name, lists.get(name) or pa.type_for_alias(kind)) for name, kind in columns.items()])
 
 
 def write(path: Path, rollouts: Sequence[Rollout]) -> None:
