@@ -46,17 +46,17 @@ class Reference(Config):
     """The instructions to read the documents of a source again."""
 
     source: dict[str, Any]
-    """settings of the source, without places on a machine"""
+    """settings of the source, without paths of a machine"""
     seed: int
     """seed of the recipe"""
     parts: PartCount
-    """parts of the source"""
+    """parts of the source, which are those of its tables"""
     lock: str | None = None
-    """content of the lock file of the reader"""
+    """content of the lock file of the readers `hub` and `packages`; null for others"""
     files: dict[str, str]
-    """digest of each file, by path"""
+    """digest of each file by path, whose tree digest is that of `sources/<source>.json`"""
     steps: tuple[AnyFilter, ...] = Field((), max_length=MAX_STEPS)
-    """steps that edited texts, in order"""
+    """settings of the steps that edited texts, in order"""
 
     @classmethod
     def of(cls, source: Source, seed: int, steps: Sequence[AnyFilter]) -> Reference:

@@ -78,17 +78,17 @@ class ReleaseInfo:
     """The content of evidence/release.json.
 
     Attributes:
-        format: The format of the release.
-        card_schema: The schema of its cards.
+        format: The format of the release, 1.
+        card_schema: The schema of its cards, 1.
         name: The name of the recipe.
         version: The version of the recipe.
         title: The title of the cards.
-        description: The recipe's description; "" without one.
+        description: The recipe's description; empty without one.
         namespace: The namespace on the Hub.
-        contact: A URL or an address for questions and requests; None if the recipe states none.
+        contact: A URL or an address for questions and requests; null if the recipe states none.
         languages: The languages of the texts.
         license: The licenses.
-        commit: The commit of the checkout that built the release; None without one.
+        commit: The commit of the checkout that built the release; null without one.
         dirty: True if that checkout had uncommitted changes.
         stale: The nodes whose artifacts were made by other code than that checkout's.
         nodes: The artifacts of all nodes of the recipe's graph, by node.

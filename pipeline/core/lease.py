@@ -45,17 +45,21 @@ class Process(TypedDict):
     """The body of a lease: the process that holds it."""
 
     host: str
-    # The id of the host's boot; empty if the host has none.
+    """name of the host"""
     boot: str
+    """the kernel's boot id; empty if the host has none"""
     pid: Annotated[int, Field(ge=1, lt=2**31)]
-    # The time at which the process started, in clock ticks since boot.
+    """process id"""
     start: str | None
-    # The id of its Slurm job, how often Slurm has started that again, and the number of the launch within this start.
+    """start time of the process in clock ticks since boot; a later process with its pid has another"""
     job: NotRequired[str]
+    """id of its Slurm job"""
     restart: NotRequired[Annotated[int, Field(ge=0, lt=2**31)]]
+    """how often Slurm has started that job again"""
     relaunch: NotRequired[Annotated[int, Field(ge=0, lt=2**31)]]
-    # True once the holder has given the lease back.
+    """number of the launch within this start of the job, absent for the first"""
     released: NotRequired[bool]
+    """true once the lease is released"""
 
 
 BODY = TypeAdapter(Process)

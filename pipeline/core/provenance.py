@@ -103,38 +103,45 @@ class Deviation(TypedDict):
     """A line of a log that came out otherwise."""
 
     step: int | None
-    # {name: [before, now]}
+    """step of the line"""
     fields: dict[str, list[Any]]
+    """`[logged, now]` by name"""
 
 
 class Replayed(TypedDict):
     """The comparison of a start's first steps with the log of the attempt before."""
 
-    # The steps that this start had finished after the checkpoint; None without any.
     first: int | None
+    """first step that the previous attempt had logged after the checkpoint; null without any"""
     last: int | None
-    # Lines that were compared, and those of them that differ.
+    """last of these steps"""
     lines: int
+    """number of compared lines"""
     deviating: int
-    # The first of the lines that differ.
+    """number of different lines"""
     deviations: list[Deviation]
+    """the first ten different lines; `fields` is `{name: [logged, now]}`"""
 
 
 class Start(TypedDict):
-    """A start of a stage that trains."""
+    """A start of a stage that trains. The stage adds the optional fields, unless it was killed before."""
 
-    # The number of its lease.
     start: int
+    """number of its lease"""
     startedOn: str
-    # The commit of the code, and whether the code was changed since.
+    """time in UTC, to the second"""
     commit: str | None
+    """commit of the code; null in a wheel"""
     dirty: bool
-    # The digest of the sealed prediction.
+    """whether the code was changed since that commit; false in a wheel"""
     prediction: str | None
-    # The stage adds the rest, unless it was killed before.
+    """digest of the [prediction](#prediction) that was sealed at that time; null without one"""
     restored_step: NotRequired[int | None]
+    """step of the work checkpoint; null if the phase starts from its beginning"""
     device: NotRequired[dict[str, Any]]
+    """as `environment.device`"""
     replayed: NotRequired[Replayed]
+    """comparison with the log of the attempt before"""
 
 
 class _Usage(TypedDict):
@@ -223,7 +230,7 @@ class AttemptRecord:
     invocation: str
     started: float
     finished: float
-    usage: dict[str, Any]
+    usage: Mapping[str, Any]
     outcome: str
     kind: str | None = None
     checkpoint_of: CheckpointOf | None = None

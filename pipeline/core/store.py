@@ -44,9 +44,14 @@ class _Row(TypedDict):
 
 
 class _Manifest(TypedDict):
+    """The content of manifest.json."""
+
     key: str
+    """name of the folder"""
     digest: Sha256
+    """SHA-256 of the canonical JSON of `[[path, size, sha256], …]`"""
     files: list[_Row]
+    """the same rows; `path` is relative, with `/`"""
 
 
 _MANIFEST: TypeAdapter[Any] = TypeAdapter(_Manifest)

@@ -36,12 +36,11 @@ Name = Annotated[str, Field(pattern=NAME)]
 
 
 class NodeRow(TypedDict):
-    """A stage of a run."""
+    """A stage of a run; `inputs` has the keys of its inputs by role."""
 
     name: Name
     stage: str
     key: Name
-    # The keys of its inputs, by role.
     inputs: NotRequired[dict[str, Name]]
 
 
@@ -61,46 +60,58 @@ class Limits(TypedDict):
 class LauncherFields(TypedDict):
     """The fields that a launcher adds to run.json."""
 
-    # Where the stages run, whatever has become of their jobs.
     launcher: Literal["local", "slurm"]
+    """where the stages run, whatever has become of their jobs"""
     prices: NotRequired[Prices | None]
-    # The name of the profile.
+    """prices of the profile"""
     cluster: NotRequired[str]
-    # The snapshot that the jobs run from.
+    """on Slurm, the name of the profile"""
     code: NotRequired[Name]
+    """on Slurm, the digest of the code snapshot that the jobs run from"""
 
 
 class Body(LauncherFields):
     """The content of run.json."""
 
     id: Name
+    """name of the folder"""
     recipe: str
+    """name of the recipe"""
     version: str
+    """version of the recipe"""
     recipe_path: str
+    """file of the recipe"""
     profile: str
+    """name or file of the cluster profile"""
     nodes: Annotated[list[NodeRow], Field(min_length=1)]
-    # The commit of the checkout that the run began from, and whether it was changed since.
+    """requested nodes; `inputs` are keys by role, absent in older runs"""
     commit: NotRequired[str | None]
+    """commit of the checkout that the run began from; absent in runs before 2026-11-28"""
     dirty: NotRequired[bool]
+    """whether that checkout was changed since"""
     budget: NotRequired[Limits | None]
-    # The reason why its jobs were not submitted, in one sentence.
+    """budget of the recipe in hours; null: no limit"""
     refused: NotRequired[str]
+    """one sentence about a submission that Slurm refused"""
 
 
 class JobRow(TypedDict):
     """A line of jobs.jsonl: the Slurm job of a node."""
 
     node: Name
+    """name of the node"""
     job: str
-    # Another run submitted it, perhaps of another user.
+    """its Slurm job"""
     attached: bool
-    # The user whose job it is, if it is not that of the run's owner.
+    """true if another run submitted the job, perhaps of another user"""
     user: NotRequired[str]
-    # The job array for its shards.
+    """owner of the job, if it is not that of the run"""
     array: NotRequired[str | None]
+    """job array that processes its shards first"""
     shards: NotRequired[int]
-    # The job arrays of its servers.
+    """number of shards"""
     servers: NotRequired[list[str]]
+    """job arrays of its servers"""
 
 
 # The message about a stage that recorded no end.
@@ -316,38 +327,55 @@ def find(store: Store, reference: str | None) -> Run:
 
 @dataclass(frozen=True)
 class NodeStatus:
-    """The status of one node of a run, from its files."""
+    """The status of one node of a run, from its files.
+
+    Attributes:
+        name: Name of the node.
+        key: Its key.
+        state: One of the states below.
+        done: Finished units of its work.
+        total: All units of its work.
+        unit: The unit, such as steps.
+        figures: The last figures of its progress, such as loss.
+        seconds: Seconds of all attempts.
+        ranks: Processes that run the stage.
+        eta: Remaining seconds.
+        job: Id of its Slurm job.
+        user: User of the job, if that is not the run's owner.
+        nodes: Nodes of the job.
+        elapsed: Time that the job has run, as Slurm states it.
+        restarts: Number of attempts after the first one.
+        reason: Why the job waits, in the words of Slurm or in one sentence.
+        servers: How many of its servers run, and how many wait.
+        slow: One sentence on the rank for which the others wait.
+        alert: The cause for which the job waits, if a person must act.
+        last_report: Time of the last event, in seconds since 1970.
+        message: One sentence on a failure.
+        kind: Kind of the failure in `message`.
+        events: Summary of its events; `json` leaves it out.
+    """
 
     name: str
     key: str
-    # Sealed | running | failed | waiting | refused; of a Slurm job also one of Slurm, or lost.
     state: str
     done: float = 0
     total: float = 0
     unit: str = ""
     figures: dict[str, float] | None = None
-    # Seconds of all attempts.
     seconds: float | None = None
     ranks: int | None = None
-    # Remaining seconds.
     eta: float | None = None
-    # Of a job of Slurm: its id, its user if that is not the run's owner, and what Slurm says of it.
     job: str | None = None
     user: str | None = None
     nodes: str | None = None
     elapsed: str | None = None
     restarts: int | None = None
     reason: str | None = None
-    # How many of its servers run, and how many wait.
     servers: str | None = None
-    # The rank for which the others wait.
     slow: str | None = None
-    # The cause for which its job waits, if a person must act.
     alert: str | None = None
-    # Seconds since the epoch.
     last_report: float | None = None
     message: str = ""
-    # The kind of the failure in `message`.
     kind: str | None = None
     events: EventSummary | None = field(default=None, repr=False, compare=False)
 

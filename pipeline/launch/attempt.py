@@ -17,7 +17,7 @@ import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NotRequired, cast
 
 from pydantic import TypeAdapter
 from typing_extensions import TypedDict
@@ -93,6 +93,33 @@ class _UsageFile(TypedDict):
 
 
 USAGE: TypeAdapter[Any] = TypeAdapter(_UsageFile)
+
+
+class AttemptUsage(TypedDict):
+    """The usage of an attempt, in its statement and its last events."""
+
+    wall_seconds: float
+    """duration"""
+    cpu_seconds: float
+    """CPU time of all ranks and their children"""
+    gpus: NotRequired[int]
+    """allotted GPUs, if any"""
+    gpu_seconds: NotRequired[float]
+    """seconds of allotted GPUs and of those of its servers"""
+    server_gpu_seconds: NotRequired[float]
+    """GPU seconds that its servers in separate jobs were asked for while this attempt ran, if these have GPUs"""
+    peak_memory_bytes: int
+    """memory of the largest rank"""
+    ranks: int
+    """processes that ran the stage"""
+    ranks_counted: int
+    """ranks that `cpu_seconds` and `peak_memory_bytes` cover; a killed rank cannot report its usage"""
+    energy_joules_estimate: float
+    """an estimate, not a measurement"""
+    energy_method: str
+    """how it is computed: CPU seconds times the profile's watts a core, and similarly for GPUs"""
+    figures: dict[str, float]
+    """the last figures of the stage's progress"""
 
 
 @dataclass(frozen=True)
@@ -219,10 +246,10 @@ class Attempt:
             gpu_seconds += served
             gpus |= {"gpu_seconds": round(gpu_seconds, 3), "server_gpu_seconds": round(served, 3)}
         board = f", and allotted GPU seconds x {self.task.watts_per_gpu} W per GPU" if gpus else ""
-        usage = {
+        usage: AttemptUsage = {
             "wall_seconds": round(finished - self.started, 3),
             "cpu_seconds": round(cpu, 3),
-            **gpus,
+            **gpus,  # type: ignore[typeddict-item]
             "peak_memory_bytes": max(process_usage.peak_memory_bytes for process_usage in usages),
             "ranks": self.task.ranks,
             "ranks_counted": len(usages),

@@ -40,9 +40,17 @@ _ENTRY: TypeAdapter[Any] = TypeAdapter(_Entry)
 
 @dataclass(frozen=True)
 class BadNode:
-    """A node to avoid, and the start that failed there."""
+    """A node to avoid, and the start that failed there. The job's script parses the file: `until` is its first field.
 
-    # Unix time in seconds. The job's script parses the file: this is its first field.
+    Attributes:
+        until: Seconds since 1970 until which the node is avoided.
+        node: Name of the node.
+        evidence: What went wrong there.
+        run: The run.
+        stage: The stage that started there.
+        job: Its Slurm job.
+    """
+
     until: int
     node: str
     evidence: str

@@ -105,28 +105,29 @@ def as_params(values: Any) -> dict[str, str]:
 class _Progress(TypedDict):
     """The part of a stage that MLflow has received."""
 
-    # The bytes of metrics.jsonl that were sent.
     offset: Annotated[int, Field(ge=0, lt=2**63)]
-    # The id of its child run.
+    """bytes of `metrics.jsonl` that were sent"""
     id: NotRequired[str]
-    # The status of the child run; without it, RUNNING.
+    """id of its child run"""
     status: NotRequired[str]
-    # True once everything of the sealed stage was sent.
+    """status of the child run; absent while it is `RUNNING`"""
     ended: NotRequired[bool]
+    """true once everything of the sealed stage was sent"""
 
 
 class _State(TypedDict):
     """The content of mlflow.json."""
 
-    # By the names of the stages.
     nodes: dict[str, _Progress]
-    # The tracking URI, redacted.
+    """what was sent, by name of the node"""
     uri: NotRequired[str]
-    # The ids of the parent run and of the experiment.
+    """the tracking URI without user, password and query"""
     parent: NotRequired[str]
+    """id of the parent run"""
     experiment: NotRequired[str]
-    # True once the settings of the recipe were sent.
+    """id of the experiment"""
     described: NotRequired[bool]
+    """true once the settings of the recipe were sent"""
 
 
 STATE: TypeAdapter[Any] = TypeAdapter(_State)

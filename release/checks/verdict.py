@@ -29,10 +29,14 @@ OPEN = {
 class CheckResult:
     """The result of one check.
 
-    `wrong` names every file or number at fault, and `skipped` every part that was not compared, with the reason. `ok`
-    is None if the check did not run.
-
     Names and contents of files are untrusted: every text is one line that is safe to print.
+
+    Attributes:
+        name: Name of the check.
+        ok: Whether it holds; null if it could not run or found nothing to compare.
+        detail: One sentence on the result.
+        wrong: Every file or number at fault.
+        skipped: Every part that was not compared, with its reason.
     """
 
     name: str

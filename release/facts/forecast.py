@@ -27,10 +27,10 @@ class RunSize:
     """A run, or the one to come.
 
     Attributes:
-        recipe: Its recipe.
-        key: The key of its phase.
-        flops: FLOPs of its training.
-        tokens: Slots of its rows.
+        recipe: Name of its recipe.
+        key: Key of its pre-training.
+        flops: `tokens` times the FLOPs of training one token.
+        tokens: Slots of all steps.
         active: Active parameters.
     """
 
@@ -46,12 +46,12 @@ class Point(RunSize):
     """A finished run.
 
     Attributes:
-        digest: Of the phase's artifact.
+        digest: Digest of its pre-training.
         scores_key: Key of its model's evaluation.
-        scores_digest: Digest of that artifact.
-        heldout_loss: The last one.
-        bits_per_byte_all: On the held-out documents of all sources.
-        accuracy_all: On all problems.
+        scores_digest: Digest of that evaluation.
+        heldout_loss: The last one of `summary.json`.
+        bits_per_byte_all: Of `scores.json`: on the held-out documents of all sources.
+        accuracy_all: Of `scores.json`: on all problems.
         items: The number of these problems.
     """
 
@@ -69,11 +69,11 @@ class Forecast:
     """The expectation of one figure.
 
     Attributes:
-        figure: Its name.
+        figure: `heldout_loss`, `bits_per_byte_all` or `accuracy_all`.
         law: The parameters of the fitted law.
         value: The expected value.
-        low: The lower end of the band of LEVEL.
-        high: The upper end.
+        low: The lower end of its band.
+        high: The upper end of its band.
     """
 
     figure: str

@@ -64,28 +64,36 @@ BOUNDS = {"F16": Bound(0.01, 0.1, 0.25)}
 
 
 class ProgramRun(TypedDict):
-    """The run of one program on one folder.
-
-    A run that was skipped or failed has a `reason`. The status `reference` is that of the program that made
-    goldens.json, which the gates on loading judge. `same_ids` counts the texts whose token ids are the reference's,
-    `same_conversations` the rendered conversations with the same ids, and `same_greedy` the equal continuations.
-    Differences are absolute ones of log-probabilities.
-    """
+    """The run of one program on one folder."""
 
     folder: str
+    """the folder"""
     runtime: str
+    """the runtime that read it"""
     status: Literal["reference", "passed", "failed", "skipped"]
+    """the result; `reference` for the runtime that computed `goldens.json`, which the gates on loading judge"""
     reason: NotRequired[str]
+    """why it was skipped or failed"""
     version: NotRequired[str]
+    """package and version"""
     rows: NotRequired[int]
+    """texts of `goldens.json`"""
     positions: NotRequired[int]
+    """compared log-probabilities: of every token of text and continuation but the first"""
     same_ids: NotRequired[int]
+    """texts with equal token ids"""
     conversations: NotRequired[int]
+    """rendered conversations of `goldens.json`"""
     same_conversations: NotRequired[int]
+    """conversations with equal token ids"""
     same_greedy: NotRequired[int]
+    """texts with equal greedy continuations"""
     mean_difference: NotRequired[float]
+    """mean absolute difference of the log-probabilities, in nats"""
     largest_difference: NotRequired[float]
+    """largest absolute difference, in nats"""
     bound: NotRequired[dict[str, float]]
+    """the allowed values: `mean`, `largest`, and `other_greedy`, a share of `rows`"""
 
 
 @dataclass(frozen=True)

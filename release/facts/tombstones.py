@@ -30,9 +30,9 @@ class ChangedFile:
     """A file of a release that was rewritten.
 
     Attributes:
-        path: Its path.
-        before: Its SHA-256 before; "" if it is new.
-        after: Its SHA-256 after; None if it was removed.
+        path: Its path in the release folder.
+        before: Its SHA-256 before; empty if it is new.
+        after: Its SHA-256 after; null if it was removed.
     """
 
     path: str
@@ -48,7 +48,7 @@ class ChangedRepository:
         repository: Its id on the Hub.
         branch: The branch.
         folder: Its place in the release.
-        checksums: The SHA-256 of its SHA256SUMS before.
+        checksums: The SHA-256 of its `SHA256SUMS` before the retraction.
         files: The files that changed.
     """
 
@@ -80,12 +80,12 @@ class Tombstone:
 
     Attributes:
         release: The name and the version of the release.
-        dates: {SHA-256 of the reference of a request: its date}.
+        dates: Day of each request, by the SHA-256 of its reference.
         count: The number of documents.
-        documents: The first MOST_LISTED of them.
+        documents: The first 10,000 of them.
         repositories: The branches that were rewritten.
         trained: Repositories, and branches of checkpoints, that were trained on a document.
-        removed: Those of them that were taken back as well.
+        removed: Those of them that were retracted as well.
     """
 
     release: str

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from release.facts.document_facts import OptOut, removed_documents
 from release.facts.published_tables import read_json
@@ -21,9 +21,30 @@ MOST_LISTED = 1_000
 """The maximum number of documents of a request that a receipt lists."""
 
 
-def write_receipts(
-    dataset: Path, release: ReleaseInfo, opt_outs: Sequence[OptOut]
-) -> Iterator[tuple[str, dict[str, Any]]]:
+class Receipt(TypedDict):
+    """The receipt of one request."""
+
+    schema: int
+    """1"""
+    request: str
+    """SHA-256 of the reference of the request"""
+    date: str
+    """day of the request"""
+    release: dict[str, str]
+    """`name` and `version` of this release"""
+    deny_list: str
+    """digest of the deny-list"""
+    entries: dict[str, int]
+    """number of its lines by kind"""
+    rule: str
+    """`opt_out`"""
+    removed: dict[str, int]
+    """number of removed documents by how they were found"""
+    documents: list[dict[str, Any]]
+    """the first 1,000: `id`, `source`, `found`, `duplicate_of`, `content_hash`"""
+
+
+def write_receipts(dataset: Path, release: ReleaseInfo, opt_outs: Sequence[OptOut]) -> Iterator[tuple[str, Receipt]]:
     """Yields (request, receipt) of each request of a dataset folder."""
     documents: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for row in removed_documents(dataset) if opt_outs else ():

@@ -44,7 +44,7 @@ class SourceConfig(Source):
     """A source of a data recipe: how its documents are acquired and curated."""
 
     heldout_fraction: HeldoutFraction | None = None
-    """held-out fraction of this source; null: that of the data recipe"""
+    """held-out fraction of this source; null: that of the data recipe, and 0 for problems"""
     license_allow: Licenses = added(())
     """SPDX licenses of documents that are kept; of `A OR B` one must be listed, of `A AND B` both; empty: all"""
     steps: tuple[AnyFilter, ...] = Field((), max_length=MAX_STEPS)
@@ -83,7 +83,7 @@ class DataRecipe(Config):
     description: Text
     """short description of the corpus"""
     sources: tuple[SourceConfig, ...] = Field(min_length=1, max_length=MOST_SOURCES)
-    """sources of the corpus"""
+    """sources of the corpus; exact duplicates are decided in their order"""
     curation: CurationSettings = CurationSettings()
     """curation of all sources together"""
     extensions: Extensions = operational(())

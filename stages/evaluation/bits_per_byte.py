@@ -43,19 +43,18 @@ MOST_BYTES = 2**27
 
 
 class DocumentScore(TypedDict):
-    """The score of a document.
-
-    Attributes:
-        bytes: Bytes of the scored part.
-        tokens: Tokens of the scored part.
-        nll_bits: Minus log2 of its probability.
-    """
+    """The score of a document."""
 
     source: String
+    """source of the document"""
     id: String
+    """id of the document"""
     bytes: Int64
+    """bytes of the scored text"""
     tokens: Int32
+    """tokens of the scored text"""
     nll_bits: Double
+    """minus log2 of the probability of the scored text"""
 
 
 DOCUMENT_SCORES = columns_of(DocumentScore)

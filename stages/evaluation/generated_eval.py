@@ -16,7 +16,7 @@ import hashlib
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypedDict
 
 from pydantic import Field
 
@@ -56,6 +56,31 @@ class FreshConfig(Config):
     """size of the corpus, for `atom plan` alone; null: unknown"""
 
 
+class RemovedItem(TypedDict):
+    """A generated item that occurs in the data, and the places where it does."""
+
+    id: str
+    question: str
+    where: list[str]
+
+
+class FreshMeta(TypedDict):
+    """The content of `meta.json`."""
+
+    digest: str
+    """digest of the final model's tensors"""
+    seed: str
+    """its 256 bits in hex"""
+    problems: dict[str, int]
+    """requested number of problems by task"""
+    drawn: int
+    """number of generated items"""
+    kept: int
+    """number of kept items"""
+    removed: list[RemovedItem]
+    """items that occur in the data, and where"""
+
+
 def run(config: FreshConfig, inputs: Inputs, work: Path, out: Path, report: Report) -> None:
     """Draws problems from the digest of the export inputs["model"], and removes those that occur in the data.
 
@@ -74,9 +99,18 @@ def run(config: FreshConfig, inputs: Inputs, work: Path, out: Path, report: Repo
     kept_rows = [row for row in rows if row["id"] not in matches]
     write_jsonl(out / CHAT, kept_rows)
     by_id = {row["id"]: row for row in rows}
-    removed = [{"id": id, "question": question(by_id[id]), "where": names} for id, names in sorted(matches.items())]
-    meta = {"digest": digest, "seed": seed_from(digest), "problems": config.problems, "drawn": len(rows)}
-    write_json(out / "meta.json", meta | {"kept": len(kept_rows), "removed": removed})
+    removed: list[RemovedItem] = [
+        {"id": id, "question": question(by_id[id]), "where": names} for id, names in sorted(matches.items())
+    ]
+    meta: FreshMeta = {
+        "digest": digest,
+        "seed": seed_from(digest),
+        "problems": config.problems,
+        "drawn": len(rows),
+        "kept": len(kept_rows),
+        "removed": removed,
+    }
+    write_json(out / "meta.json", meta)
     report.note(f"{len(rows)} problems drawn from {digest}, {len(kept_rows)} kept")
 
 

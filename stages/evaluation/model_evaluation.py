@@ -53,15 +53,25 @@ class ProblemAnswer(TypedDict):
     """The answer to a problem."""
 
     id: String
+    """id of the problem"""
     task: String
+    """name of the task"""
     prompt: String
+    """the prompt"""
     expected: String
+    """the correct answer"""
     output: String
+    """greedy output, up to the end token"""
     answer: String
+    """the answer in the output"""
     score: Annotated[int, "int8"]
-    code_digest: String  # SHA-256 of the scorer's file
+    """1 if the answer is correct, otherwise 0"""
+    code_digest: String
+    """SHA-256 of the scorer's file"""
     verifier: String
+    """name of the [scorer](#scorers)"""
     verifier_version: String
+    """version of the scorer"""
 
 
 PROBLEM_ANSWERS = columns_of(ProblemAnswer)

@@ -24,42 +24,44 @@ HarnessScores = dict[str, dict[str, dict[str, Mean]]]
 
 
 class LongContextScores(TypedDict, total=False):
-    """The scores on long texts, if the recipe measures them.
-
-    Attributes:
-        passkey: Share of keys found, by length of the text.
-        passkey_by_depth: The same by length and depth.
-        loss_by_position: Bits per token by `first-last`.
-    """
+    """The scores on long texts, if the recipe measures them."""
 
     passkey: dict[str, Mean]
+    """share of keys found, by length of the text"""
     passkey_by_depth: dict[str, dict[str, Mean]]
+    """share of keys found, by length and depth"""
     loss_by_position: dict[str, Ratio]
+    """bits per token, by `first-last`"""
 
 
 class ModelScores(LongContextScores):
-    """`scores.json` of the stage evaluate.
-
-    Attributes:
-        bits_per_byte: Bits per byte by source.
-        accuracy: Accuracy by task.
-    """
+    """`scores.json` of the stage evaluate."""
 
     bits_per_byte: dict[str, Ratio]
+    """bits per byte of held-out documents, by source"""
     bits_per_byte_all: Ratio
+    """bits per byte of the documents of all sources"""
     accuracy: dict[str, Mean]
+    """share of correct answers, by task"""
     accuracy_all: Mean
+    """share of correct answers to all problems"""
     engine: NotRequired[str]
+    """package and version of the engine, below"""
 
 
 class AnswerStatistics(TypedDict):
-    """Answers to items of one kind: their mean score, as `accuracy` of problems or as `reward` of judged requests."""
+    """Answers to items of one kind."""
 
     accuracy: NotRequired[Mean]
+    """share of correct answers, of problems"""
     reward: NotRequired[Mean]
+    """mean reward, of judged requests"""
     tokens: float
+    """mean number of tokens of an answer"""
     truncated: float
+    """share of answers that did not end by themselves"""
     reasoning: float
+    """share of answers that have a reasoning"""
 
 
 # k answers to each item: their tokens and pass@k.
@@ -67,28 +69,27 @@ SeveralAnswers = TypedDict("SeveralAnswers", {"tokens": float, "pass": Mean})
 
 
 class ProblemScores(TypedDict):
-    """Problems of one kind.
-
-    Attributes:
-        at: Scores of several answers, by k.
-    """
+    """Problems of one kind."""
 
     greedy: AnswerStatistics
+    """the greedy answers"""
     samples: AnswerStatistics
+    """the answers drawn at temperature 1"""
     at: dict[str, SeveralAnswers]
+    """by k: generated tokens of k answers, and pass@k, an exact expectation over all subsets of k samples"""
 
 
 class AnswerScores(TypedDict):
-    """`scores.json` of the stage solve.
-
-    Attributes:
-        problems, judged: By kind.
-    """
+    """`scores.json` of the stage solve."""
 
     problems: dict[str, ProblemScores]
+    """problems, by kind"""
     problems_all: ProblemScores | None
+    """the same over all kinds; null without problems"""
     judged: dict[str, AnswerStatistics]
+    """requests whose answers a reward judges, by kind"""
     engine: NotRequired[str]
+    """as in [evaluate](#evaluate)"""
 
 
 def pass_at_1(scores: Mapping[str, AnswerScores]) -> dict[str, Mean]:
@@ -108,46 +109,51 @@ class Proportion(Mean):
 
 
 class SideScores(TypedDict):
-    """The answers of one of two compared models.
-
-    Attributes:
-        parts: Parts of the reward.
-    """
+    """The answers of one of two compared models."""
 
     parts: dict[str, Mean]
+    """mean of each part of the reward"""
     tokens: float
+    """mean number of tokens of an answer"""
     truncated: float
+    """share of answers that did not end by themselves"""
 
 
 class PairScores(TypedDict):
-    """`scores.json` of the stage prefer, without the models' names.
-
-    Attributes:
-        sides: `model` and `before`.
-        examples: Some of the pairs.
-    """
+    """`scores.json` of the stage prefer, without the models' names."""
 
     win_rate: Proportion
+    """share of wins, ties as half, with Wilson's interval of 95 %"""
     wins: int
+    """requests on which `model` wins"""
     ties: int
+    """requests without a winner"""
     losses: int
+    """requests on which `before` wins"""
     sides: dict[str, SideScores]
+    """the answers of `model` and of `before`"""
     examples: list[dict[str, Any]]
+    """the eight pairs with the smallest SHA-256 of their id"""
     engine: NotRequired[str]
+    """as in [evaluate](#evaluate)"""
 
 
 class ComparisonScores(PairScores):
     """`scores.json` of the stage prefer."""
 
     model: str
+    """name of the model"""
     before: str
+    """name of the model that it is compared with"""
 
 
 class VerdictCounts(TypedDict):
     """Counts of verdicts by split, and by phase and split."""
 
     items: dict[str, dict[str, int]]
+    """number of items by split and by the worst verdict of an item"""
     phases: dict[str, dict[str, dict[str, int]]]
+    """number of items by phase, split and verdict"""
 
 
 class ScoresByVerdict(TypedDict):
@@ -158,13 +164,11 @@ class ScoresByVerdict(TypedDict):
 
 
 class ContaminationReport(VerdictCounts):
-    """`report.json` of the stage contamination.
-
-    Attributes:
-        read: Texts by phase.
-        scores: Scores by input and kind.
-    """
+    """`report.json` of the stage contamination."""
 
     thresholds: dict[str, Any]
+    """thresholds of the verdicts"""
     read: dict[str, int]
+    """number of texts that were searched, by phase"""
     scores: dict[str, dict[str, ScoresByVerdict]]
+    """by table and kind, the mean score of all items and of the clean ones"""

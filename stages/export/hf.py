@@ -19,7 +19,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NotRequired, TypedDict
 
 from pipeline.core.bounds import Context, Flag, Range, Seed
 from pipeline.core.errors import AtomError
@@ -123,7 +123,7 @@ def run(config: ExportConfig, inputs: Inputs, work: Path, out: Path, report: Rep
         comparison.megatron_logits(tensors, config.model, config.padded_vocab_size, rows, vocab_size, steps)
     ) as logits:
         delta = comparison.compare_logits(folder, rows, logits, config.parity_tolerance, work, by_layer, steps)
-    parity: dict[str, Any] = {
+    parity: Parity = {
         "max_abs_logit_delta": delta,
         "tolerance": config.parity_tolerance,
         "tokens_compared": sum(len(row) for row in rows),
@@ -135,6 +135,25 @@ def run(config: ExportConfig, inputs: Inputs, work: Path, out: Path, report: Rep
         parity["spread_over"] = (tokens - 1) * step + 1
     _write(out / "parity.json", parity)
     report.metric(0, max_abs_logit_delta=delta)
+
+
+class Parity(TypedDict):
+    """The comparison of an export with the trainer's model: `parity.json`."""
+
+    max_abs_logit_delta: float
+    """largest absolute difference of two logits"""
+    tolerance: float
+    """allowed difference"""
+    tokens_compared: int
+    """tokens of all compared rows"""
+    longest_row: int
+    """tokens of the longest row"""
+    tensors_compared: int
+    """tensors that are equal exactly, by the inverse mapping"""
+    dtype: str
+    """data type of the export"""
+    spread_over: NotRequired[int]
+    """above a context of 8,192 tokens: positions over which the 4,096 tokens of the longest row are spread"""
 
 
 class Rounded(Mapping[str, "torch.Tensor"]):

@@ -186,12 +186,16 @@ def _is_call(call: Any) -> bool:
 
 
 class MessagesRow(TypedDict):
-    """A conversation; `tools` is the JSON of a list of schemas, None without tools."""
+    """A conversation as messages."""
 
     id: Annotated[str, "string"]
+    """id of the document"""
     license: Annotated[str, "string"]
+    """license of the document"""
     messages: list[dict[str, Any]]
+    """messages of the conversation"""
     tools: Annotated[str | None, "string"]
+    """JSON of the list of schemas; null without tools"""
 
 
 def arrow_schema() -> Any:

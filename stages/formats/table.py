@@ -79,32 +79,49 @@ class DerivedRow(TypedDict):
     """A document, and the id or URL of one that it was made from."""
 
     id: String
+    """id of the document"""
     parent: String
+    """id or URL of an original"""
 
 
 class CreditRow(TypedDict):
     """A document, with its title and its authors as its source states them."""
 
     id: String
+    """id of the document"""
     title: OptionalString
+    """its title; null if the source states none"""
     author: OptionalString
+    """its authors; null if the source states none"""
 
 
 class GeneratedRow(TypedDict):
-    """A text that a generator wrote, and how: `id` of the text, `parent` of the document that it was made from."""
+    """A text that a generator wrote, and how."""
 
     id: String
+    """id of the text"""
     parent: String
+    """id of the document that the model received"""
     generator: String
+    """`generator` of the reader"""
     generator_digest: String
+    """`tree_digest` of the source"""
     prompt: String
+    """`prompt` of the reader, in which `{text}` stands for the document"""
     form: String
+    """`chat` or `text`, as in the reader's settings"""
     temperature: Double
+    """sampling temperature"""
     seed: Int64
+    """seed of the text"""
     max_new_tokens: Int32
+    """most tokens that it could have"""
     prompt_tokens: Int32
+    """tokens of the prompt"""
     tokens: Int32
+    """tokens of the text"""
     finished: Annotated[bool, "bool"]
+    """whether the text ended by itself"""
 
 
 class GeneratedText(GeneratedRow):
@@ -120,10 +137,15 @@ class NoticeRow(TypedDict):
     """A file of a package with the text of a license or a notice, and the SHA-256 of the text."""
 
     sha256: String
+    """SHA-256 of the text"""
     source: String
+    """name of the source"""
     package: String
+    """name of the package"""
     path: String
+    """path of the file in the package"""
     text: String
+    """text of the license or the notice"""
 
 
 class KeptRow(DocumentRow):
@@ -174,25 +196,40 @@ class ItemRow(TypedDict):
     """An evaluation problem."""
 
     id: String
+    """`<task>/<number>`"""
     task: String
+    """name of the task"""
     prompt: String
+    """the prompt"""
     answer: String
+    """the correct answer"""
     text: String
+    """the text that decontamination searches for"""
 
 
 class TokenizedRow(TypedDict):
     """A document of a token shard."""
 
     source: String
+    """source of the document"""
     split: String
+    """`train` or `heldout`"""
     part: Int32
+    """part of the source"""
     ordinal: Int32
+    """number of its sequence in the shard of that split and part"""
     id: String
+    """id of the document"""
     content_hash: String
+    """SHA-256 of the kept text"""
     license: String
+    """license of the document"""
     bytes: Int64
+    """bytes of the kept text"""
     tokens: Int32
+    """tokens of the whole sequence, with its last id"""
     loss_from: Int32
+    """first token that carries loss"""
 
 
 class OrderRow(TypedDict):

@@ -24,33 +24,27 @@ class Prompt:
 
 
 class ToolCall(TypedDict):
-    """A call in an answer.
-
-    Attributes:
-        request: The text of the model between the tags.
-        tool: The name that it gives, empty if it cannot be read.
-        status: `ok` or what went wrong.
-        result: The text that the model was given.
-    """
+    """A call in an answer."""
 
     request: str
+    """text of the model between the tags"""
     tool: str
+    """name of the tool; empty if the request cannot be read"""
     status: str
+    """`ok`, or what went wrong"""
     result: str
+    """text that the model received"""
 
 
 class Turn(TypedDict):
-    """A turn of an answer.
-
-    Attributes:
-        sampled: Its tokens, which the policy drew.
-        calls: Those in it that were answered.
-        appended: The tokens after it that the policy did not draw, which are the results in the chat template.
-    """
+    """A turn of an answer."""
 
     sampled: int
+    """number of its tokens, which the policy generated"""
     calls: list[ToolCall]
+    """its calls that were answered"""
     appended: int
+    """number of tokens after it that the policy did not generate: the results in the chat template"""
 
 
 @dataclass(frozen=True)

@@ -152,21 +152,18 @@ VERSION = 1
 
 
 class BenchmarkItem(TypedDict):
-    """An item of a benchmark.
-
-    Attributes:
-        id: `<set>/<task>/<number>`.
-        set: Name of the task set.
-        task: Name of the task.
-        number: The number of its document in the task.
-        text: The text that must not occur in training data.
-    """
+    """An item of a benchmark."""
 
     id: String
+    """`<set>/<task>/<number>`"""
     set: String
+    """name of the task set"""
     task: String
+    """name of the task"""
     number: Int32
+    """number of its document in the task, from 0"""
     text: String
+    """text that must not occur in training data"""
 
 
 ITEMS = columns_of(BenchmarkItem)

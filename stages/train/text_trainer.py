@@ -27,6 +27,7 @@ from stages.train.config import PhaseConfig, Spikes, TrainConfig
 from stages.train.data import Order, Prefetcher, RankBatch, Row, Shards, heldout_rows
 from stages.train.engine import RouterFigures, StepFigures
 from stages.train.log import finite_or_none
+from stages.train.outputs import TextSummary
 from stages.train.trainer import Trainer
 
 Record = dict[str, Any]
@@ -241,15 +242,16 @@ class TextTrainer(Trainer):
         losses = [x["loss"] for x in log_lines if "loss" in x and "skipped" not in x]
         spikes = [{"step": x["step"], **x["spike"]} for x in log_lines if "spike" in x]
         experts = [x["experts"] for x in log_lines if "experts" in x]
-        return {
+        summary: TextSummary = {
             "loss": {"first": losses[0], "last": losses[-1]} if losses else None,
             "heldout_loss": {"first": measurements[0][1], "last": measurements[-1][1], "rows": self.heldout_rows},
             "spikes": [{k: x[k] for k in ("step", "reason", "action", "excluded", "documents")} for x in spikes],
             "excluded_steps": [x["step"] for x in log_lines if "excluded" in x],
             "dead_experts": experts[-1]["dead"] if experts else [],
             "dropped_tokens": sum(x["dropped"] for x in experts),
-            **self._adapter(),
+            **self._adapter(),  # type: ignore[typeddict-item]
         }
+        return dict(summary)
 
     def _adapter(self) -> dict[str, Any]:
         """The entries of summary.json about an adapter: its settings, its parameters and its frozen base."""

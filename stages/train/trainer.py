@@ -33,6 +33,7 @@ from stages.train.checkpoint.work_checkpoint import LOG, SEALED, Checkpoints
 from stages.train.config import WORK_CHECKPOINTS, TrainerConfig
 from stages.train.engine import Engine
 from stages.train.log import Log, LogReplay, finite_or_none
+from stages.train.outputs import State, Summary
 from stages.train.step_times import measured_waits
 from stages.train.watchdog import START_SECONDS, Watchdog
 
@@ -268,7 +269,7 @@ class Trainer(ABC):
         self._save(step)
 
     def _save(self, step: int, seal: bool = True) -> None:
-        state = {
+        state: State = {
             "phase": self.name,
             "step": step,
             "tokens": self.tokens,
@@ -277,7 +278,7 @@ class Trainer(ABC):
             "lr": self.last_learning_rate(step),
             "rng": self.rng,
             "config": identity(self.config),
-            **self.state(step),
+            **self.state(step),  # type: ignore[typeddict-item]
         }
         # The lines before a checkpoint have to be on the disk before the checkpoint states their size.
         self.log.flush()
@@ -288,13 +289,13 @@ class Trainer(ABC):
 
     def _write_outputs(self, out: Path) -> None:
         """Writes the phase's artifact into `out`."""
-        summary = {
+        summary: Summary = {
             "phase": self.name,
             "parameters": self.config.model.parameters(self.config.padded_vocab_size),
             "steps": self.config.phase.steps,
             "tokens": self.tokens,
             "precision": self.config.phase.precision,
-            **self.write_outputs(out),
+            **self.write_outputs(out),  # type: ignore[typeddict-item]
         }
         (out / "summary.json").write_text(json.dumps(summary, indent=1, sort_keys=True) + "\n")
         shutil.copyfile(self.log.path, out / LOG)

@@ -83,13 +83,13 @@ class LockedSource(Config):
     repo: Line
     """dataset repository"""
     requested: Line
-    """revision that the recipe requests"""
+    """`revision` of the reader when it was pinned"""
     revision: Commit
-    """commit of that revision when it was pinned"""
+    """commit of 40 hex digits"""
     pattern: Line
-    """pattern of the files"""
+    """`pattern` of the reader when it was pinned"""
     files: str
-    """a line for each file: its digest, its bytes and its path"""
+    """a line for each file, sorted by path: digest, bytes, path"""
 
     def rows(self) -> list[LockedFile]:
         """Returns the files, sorted by path. Raises ValueError naming a line that `atom pin` did not write."""

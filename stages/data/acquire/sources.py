@@ -34,7 +34,7 @@ class Source(Config):
     """Settings for acquiring one source."""
 
     name: SourceName
-    """name of the source, as in the mix of a phase"""
+    """name of the source, as in the mix of a phase; prefix of its document ids"""
     kind: Kind
     """kind of the documents; chat: conversations"""
     license: License
@@ -46,16 +46,16 @@ class Source(Config):
     """URL or text that states where the source comes from; {python_version} stands for the version of the running
     Python, such as 3.11.7"""
     tree_digest: TreeDigest = "auto"
-    """expected digest of the files; auto: computed from the files present"""
+    """expected digest of the files, `sha256:…`; auto: computed from the files present"""
     reader: AnyReader
-    """reader of the documents"""
+    """reader of the documents, with its settings"""
     document_license: License | None = added(None)
     """SPDX license of documents of unknown license, if `license` covers only the collection, such as
     LicenseRef-unknown-web; null: `license`"""
     parts: PartCount = added(1)
     """parts into which the files of the source are divided, in their order; jobs process the parts one by one"""
     expected: Size | None = operational(None)
-    """expected size of the source, for `atom plan`; null: unknown"""
+    """expected `documents` of the source and `bytes` of their text, for `atom plan`; null: unknown"""
 
     @field_validator("name")
     @classmethod

@@ -16,7 +16,7 @@ from dataclasses import replace
 from functools import cache, partial
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from pipeline.core.bounds import MOST_SOURCES, SourceName
 from pipeline.core.errors import AtomError
@@ -164,6 +164,23 @@ class TokenizeConfig(Config):
     """expected size of all sources; null: unknown"""
 
 
+class TokensMeta(TypedDict):
+    """The content of `meta.json`."""
+
+    vocab_size: int
+    """number of ids of the tokenizer"""
+    pad_id: int | None
+    """id of `<|pad|>`; null if the tokenizer has none"""
+    eod_id: int
+    """id of `<|endoftext|>`"""
+    tokenizer: str
+    """SHA-256 of the `tokenizer.json` that encoded"""
+    tokens: dict[str, dict[str, int]]
+    """number of tokens by split and source"""
+    documents: dict[str, dict[str, int]]
+    """number of documents by split and source"""
+
+
 def run(config: TokenizeConfig, inputs: Inputs, work: Path, out: Path, report: Report) -> None:
     """Seals `<split>/<source>/part-*.bin` and `.idx`, `documents/<source>/part-*.parquet` and `meta.json`.
 
@@ -174,24 +191,26 @@ def run(config: TokenizeConfig, inputs: Inputs, work: Path, out: Path, report: R
     damaged.
     """
     files, tokenizer = _kept_files(inputs), _tokenizer(inputs)
-    meta: dict[str, Any] = {
-        "vocab_size": tokenizer.vocab_size,
-        "pad_id": tokenizer.pad,
-        "eod_id": tokenizer.end,
-        "tokenizer": tokenizer.sha256,
-        "tokens": {split: {} for split in SPLITS},
-        "documents": {split: {} for split in SPLITS},
-    }
+    totals: dict[str, dict[str, dict[str, int]]]
+    totals = {count: {split: {} for split in SPLITS} for count in ("tokens", "documents")}
     places = [(source, part) for source in files for part in range(len(files[source]))]
     parts = []
     for source, part in places:
         sealed = seal_part(work, *_part(config, tokenizer, files[source][part], source, part))
         for count, by_split in sealed.facts.items():
             for split, value in by_split.items():
-                meta[count][split][source] = meta[count][split].get(source, 0) + value
+                totals[count][split][source] = totals[count][split].get(source, 0) + value
         parts.append(sealed)
         report.progress(len(parts), len(places), "parts")
     link_parts(parts, out)
+    meta: TokensMeta = {
+        "vocab_size": tokenizer.vocab_size,
+        "pad_id": tokenizer.pad,
+        "eod_id": tokenizer.end,
+        "tokenizer": tokenizer.sha256,
+        "tokens": totals["tokens"],
+        "documents": totals["documents"],
+    }
     write_json(out / "meta.json", meta)
     report.note(
         f"{sum(meta['tokens']['train'].values())} training tokens, {sum(meta['tokens']['heldout'].values())} held out"
@@ -232,9 +251,10 @@ class _Tokenizer:
     def __init__(self, file: Path, sha256: str) -> None:
         tokenizer = load_for_corpus(file)
         self.sha256, self.vocab_size = sha256, tokenizer.get_vocab_size()
-        self.end, self.pad = tokenizer.token_to_id(END), tokenizer.token_to_id(PAD)
-        if self.end is None:
+        end, self.pad = tokenizer.token_to_id(END), tokenizer.token_to_id(PAD)
+        if end is None:
             raise AtomError(f"{file} has no {END} token; run tokenizer again")
+        self.end = end
         # tiktoken keeps the memory of an encoding that is no longer used, 3 MB for 8,192 tokens.
         self.encoder = cache(partial(Encoder, file))
 

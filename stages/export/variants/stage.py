@@ -182,33 +182,34 @@ def measured_by(engine: str = "") -> str:
 
 
 class DivergenceRow(TypedDict):
-    """The next-token distributions of original and variant at all positions of a text.
-
-    id: of the problem, with the original's answer, or of the held-out document; sum, largest: of the
-    Kullback-Leibler divergence of the variant from the original, in nats; same_likeliest: positions at which both
-    have the same likeliest token.
-    """
+    """The next-token distributions of original and variant at all positions of a text."""
 
     id: String
+    """id of the problem, with the original's answer, or of the held-out document"""
     positions: Int32
+    """compared positions"""
     sum: Double
+    """sum of the Kullback-Leibler divergence D(original ‖ variant) over the positions, in nats"""
     largest: Double
+    """largest divergence at one position"""
     same_likeliest: Int32
+    """positions at which both have the same likeliest token"""
 
 
 DIVERGENCES = columns_of(DivergenceRow)
 
 
 class Divergence(Figure):
-    """Kullback-Leibler divergence in nats: mean over positions with its standard error over texts, and maximum.
-
-    same_likeliest: share of positions with the same likeliest token.
-    """
+    """Kullback-Leibler divergence in nats: mean over positions, with the standard error of a ratio over texts."""
 
     max: float
+    """largest divergence at one position"""
     positions: int
+    """number of positions"""
     texts: int
+    """number of texts"""
     same_likeliest: float
+    """share of positions with the same likeliest token"""
 
 
 class Compared(TypedDict):
@@ -226,16 +227,24 @@ class GreedyAgreement(TypedDict):
 
 
 class VariantLoss(TypedDict):
-    """`loss.json`. bytes: of the files of the weights, of `variant` and `original`. greedy: of answers to problems."""
+    """The content of `loss.json`."""
 
     variant: str
+    """name of the variant"""
     title: str
+    """its name for people"""
     bytes: Mapping[str, int]
+    """bytes of the files of weights of `variant` and `original`"""
     divergence: Divergence
+    """the divergence of all texts"""
     bits_per_byte: Compared
+    """`bits_per_byte_all` of both"""
     accuracy: Compared
+    """`accuracy_all` of both"""
     greedy: GreedyAgreement
+    """number of problems with the original's answer, character for character, and of all problems"""
     measured_by: str
+    """what computed the figures, in words"""
 
 
 def summary(

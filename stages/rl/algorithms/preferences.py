@@ -22,31 +22,13 @@ from stages.rl.rewards.reward_model import reward_input
 from stages.rl.rollout import generation, rollouts, tasks
 from stages.rl.rollout.batches import Example, build_rank_batch
 from stages.rl.rollout.curriculum import Curriculum
-from stages.rl.rollout.rollouts import PairOrder, Rollout, hash_fraction
+from stages.rl.rollout.rollouts import PAIRS, PairOrder, Rollout, hash_fraction
 from stages.tasks import Row, question
 from stages.train.data import Batch, RankBatch
 from stages.train.engine import Objective
 
 # The most held-out pairs that a reward model is evaluated on.
 HELDOUT_PAIRS = 400
-# Columns of pairs.parquet with their types.
-PAIRS = {
-    "round": "int32",
-    "task": "string",
-    "question": "string",
-    "chosen": "string",
-    "rejected": "string",
-    "chosen_finished": "bool",
-    "rejected_finished": "bool",
-    "chosen_sample": "int32",
-    "rejected_sample": "int32",
-    "chosen_reward": "double",
-    "rejected_reward": "double",
-    "judge": "string",
-    "judge_version": "string",
-    "policy": "string",
-    "learnt": "bool",
-}
 
 
 class Dpo(PolicyTrainer):

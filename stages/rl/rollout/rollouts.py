@@ -13,12 +13,12 @@ import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, Annotated, TypedDict
 
 from pipeline.core import atomic_files
 from pipeline.core.errors import AtomError
 from stages.formats.seeds import seed_of
-from stages.formats.table import ROWS_PER_GROUP, read_table
+from stages.formats.table import ROWS_PER_GROUP, Double, Int32, String, columns_of, read_table
 from stages.generation.protocols import ToolCall, Turn
 
 if TYPE_CHECKING:
@@ -41,17 +41,14 @@ WHOLE_GROUPS = ("variance", "stale")
 
 
 class Span(TypedDict):
-    """Successive tokens of an answer that one policy drew.
-
-    Attributes:
-        policy: Its digest.
-        version: The number of the last step after which the trainer had this policy, None before a step takes the
-            answer.
-    """
+    """Successive tokens of an answer that one policy drew."""
 
     version: int | None
+    """the last step after which the trainer had this policy; null before a step takes the answer"""
     policy: str
+    """digest of the policy"""
     tokens: int
+    """number of these tokens"""
 
 
 @dataclass(frozen=True)
@@ -61,30 +58,54 @@ class Rollout:
     In an asynchronous phase, `group` is the number in which the group was issued, `step` the one that took it, in the
     order of the rows, and `policy` drew the first token. In a phase with tools, `ids` are those of all turns and of the
     results between them, and `text` is that of the last turn.
+
+    Attributes:
+        step: The step (or the round) for which it was drawn; in asynchronous phases the one that took it.
+        wave: Number of the draw within the step, from 0; 0 in asynchronous phases.
+        group: Number of the group, the answers to one task; in asynchronous phases the one under which it was issued.
+        sample: Number of the answer in its group.
+        task: Id of the task.
+        kind: Kind of the task.
+        level: Level of the task.
+        policy: Digest of the policy that generated it, below; in asynchronous phases that of the first token.
+        seed: Seed of its sampling.
+        prompt_ids: Token ids of the prompt.
+        ids: Token ids of the answer; with tools those of all turns and of the tokens between them.
+        logprobs: The sampler's log-probability of each of `ids`, in fp32; 0 where the policy did not generate.
+        text: The text that is scored; with tools that of the last turn.
+        finished: Whether the answer ended by itself.
+        reward: Reward by the verifier.
+        parts: Parts of the reward, in the column as JSON.
+        verifier: Name of the verifier.
+        verifier_version: Version of the verifier.
+        dropped: Empty, or the reason why no update used the answer, below.
+        issued: Only of asynchronous phases: the version of the policy when the group was issued.
+        versions: Only of asynchronous phases: the policies of its tokens.
+        turns: Only of phases with tools: the turns of the answer.
     """
 
-    step: int
-    wave: int
-    group: int
-    sample: int
-    task: str
-    kind: str
-    level: int
-    policy: str
-    seed: int
-    prompt_ids: Sequence[int]
-    ids: Sequence[int]
-    logprobs: Sequence[float]
-    text: str
-    finished: bool
-    reward: float
-    parts: Mapping[str, float]
-    verifier: str
-    verifier_version: str
-    dropped: str  # the reason why no update used it, a key of DROPPED
-    issued: int | None = None  # the version of the policy when the group was issued
-    versions: Sequence[Span] | None = None  # the policies of its tokens
-    turns: Sequence[Turn] | None = None  # of a phase with tools
+    step: Int32
+    wave: Int32
+    group: Int32
+    sample: Int32
+    task: String
+    kind: String
+    level: Int32
+    policy: String
+    seed: Annotated[int, "uint64"]
+    prompt_ids: Annotated[Sequence[int], "list of int32"]
+    ids: Annotated[Sequence[int], "list of int32"]
+    logprobs: Annotated[Sequence[float], "list of float"]
+    text: String
+    finished: Annotated[bool, "bool"]
+    reward: Double
+    parts: Annotated[Mapping[str, float], "string"]
+    verifier: String
+    verifier_version: String
+    dropped: String
+    issued: Annotated[int | None, "int32"] = None
+    versions: Annotated[Sequence[Span] | None, "list of structures"] = None
+    turns: Annotated[Sequence[Turn] | None, "list of structures"] = None
 
     @property
     def is_sampled(self) -> list[bool]:
@@ -99,6 +120,44 @@ class Rollout:
         return len(self.ids) if self.turns is None else sum(turn["sampled"] for turn in self.turns)
 
 
+class PairRow(TypedDict):
+    """A row of pairs.parquet: two answers to one question, the better first."""
+
+    round: Int32
+    """round of the phase"""
+    task: String
+    """id of the task"""
+    question: String
+    """the question"""
+    chosen: String
+    """the better answer"""
+    rejected: String
+    """the other answer"""
+    chosen_finished: Annotated[bool, "bool"]
+    """whether it ended by itself"""
+    rejected_finished: Annotated[bool, "bool"]
+    """whether it ended by itself"""
+    chosen_sample: Int32
+    """its `sample` in `rollouts.parquet`"""
+    rejected_sample: Int32
+    """its `sample` in `rollouts.parquet`"""
+    chosen_reward: Double
+    """its reward"""
+    rejected_reward: Double
+    """its reward"""
+    judge: String
+    """name of the verifier"""
+    judge_version: String
+    """version of the verifier"""
+    policy: String
+    """digest of the policy that generated both"""
+    learnt: Annotated[bool, "bool"]
+    """whether DPO used the pair"""
+
+
+PAIRS = columns_of(PairRow)
+
+
 def schema(asynchronous: bool = False, tools: bool = False) -> pa.Schema:
     """Returns the columns of rollouts.parquet.
 
@@ -109,17 +168,14 @@ def schema(asynchronous: bool = False, tools: bool = False) -> pa.Schema:
     import pyarrow as pa
 
     ids, text = pa.list_(pa.int32()), pa.string()
-    types = {name: pa.int32() for name in ("step", "wave", "group", "sample", "level")}
-    types |= {"seed": pa.uint64(), "prompt_ids": ids, "ids": ids, "logprobs": pa.list_(pa.float32())}
-    types |= {"finished": pa.bool_(), "reward": pa.float64(), "issued": pa.int32()}
     span = {"version": pa.int32(), "policy": text, "tokens": pa.int32()}
-    types |= {"versions": pa.list_(pa.struct(list(span.items())))}
     call = pa.struct([(name, text) for name in ToolCall.__annotations__])
     turn = {"sampled": pa.int32(), "calls": pa.list_(call), "appended": pa.int32()}
-    types |= {"turns": pa.list_(pa.struct(list(turn.items())))}
+    lists = {"prompt_ids": ids, "ids": ids, "logprobs": pa.list_(pa.float32())}
+    lists |= {name: pa.list_(pa.struct(list(row.items()))) for name, row in (("versions", span), ("turns", turn))}
     present = {"issued": asynchronous, "versions": asynchronous, "turns": tools}
-    names = [name for name in Rollout.__dataclass_fields__ if present.get(name, True)]
-    return pa.schema([(name, types.get(name, text)) for name in names])
+    columns = {name: kind for name, kind in columns_of(Rollout).items() if present.get(name, True)}
+    return pa.schema([(name, lists.get(name) or pa.type_for_alias(kind)) for name, kind in columns.items()])
 
 
 def write(path: Path, rollouts: Sequence[Rollout]) -> None:

@@ -188,32 +188,27 @@ def lack(config: TasksConfig) -> str | None:
 
 
 class ProbedAnswer(TypedDict):
-    """An answer and its mean reward.
-
-    Attributes:
-        name: What it is, such as the constant in quotes.
-    """
+    """An answer and its mean reward."""
 
     name: str
+    """the answer, such as the constant in quotes"""
     reward: Mean
+    """its mean reward over the tasks"""
 
 
 class ProbedBin(TypedDict):
-    """The probes of the tasks of one kind and level.
-
-    Attributes:
-        tasks: Number of tasks.
-        verifier: Its name.
-        chance: Mean reward that chance earns.
-        acknowledged: The mean reward that the recipe acknowledges; None if it acknowledges none.
-        answers: The best answers, the best first; none for a verifier that is trained later.
-    """
+    """The probes of the tasks of one kind and level."""
 
     tasks: int
+    """number of tasks"""
     verifier: str
+    """name of the verifier"""
     chance: float
+    """mean reward that chance earns"""
     acknowledged: float | None
+    """mean reward that the recipe acknowledges; null if it acknowledges none"""
     answers: list[ProbedAnswer]
+    """the best answers, the best first; none for `reward-model`, which is trained later"""
 
 
 def probe(rows: Sequence[Row], score: Score, seed: int, acknowledged: float | None = None) -> ProbedBin:
