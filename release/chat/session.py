@@ -26,7 +26,11 @@ HELP = """\
 /quit     leave, as Ctrl-D does
 Ctrl-C stops an answer."""
 # {why an answer ended: what is said of it}
-ENDINGS = {"limit": "cut at --max-tokens", "context": "cut: the model's context is full", "": "stopped"}
+ENDINGS = {
+    "limit": "cut at --max-tokens",
+    "context": "cut: the model's context is full; begin a new conversation",
+    "": "stopped",
+}
 
 
 class Session:
@@ -50,10 +54,11 @@ class Session:
         for number, suggestion in enumerate(suggestions, 1):
             self._print(f"  /{number}  {escaped(suggestion.prompt, SUGGESTION_WIDTH)}")
         problems = "/1, /2 … ask a problem of its evaluation; " if suggestions else ""
-        self._print(f"{problems}/help lists the commands")
+        self._print(f"{problems}/think unfolds the thinking; /help lists all commands")
         while True:
             try:
-                line = read("\n> ").strip()
+                self._print("")
+                line = read("> ").strip()
             except KeyboardInterrupt:
                 self._print("\nCtrl-D or /quit leaves")
                 continue
@@ -67,7 +72,7 @@ class Session:
                 elif line:
                     self.turn(line)
             except AtomError as error:
-                self._print(f"{error}; /reset begins a new conversation")
+                self._print(str(error))
 
     def _command(self, name: str, suggestions: Sequence[Suggestion]) -> None:
         if name in map(str, range(1, len(suggestions) + 1)):
@@ -121,7 +126,7 @@ class Session:
         """Replaces the thinking on the screen by one line."""
         if self._live.is_started:
             self._live.stop()
-            self._note(f"thought for {self.last.tokens} tokens; /think unfolds")
+            self._note(f"thought for {self.last.tokens} tokens")
 
     def _print(self, text: str) -> None:
         self.console.print(Text(text), soft_wrap=True)

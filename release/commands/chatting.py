@@ -80,6 +80,8 @@ def chat(
 
     session = Session(Console(quiet=as_json), chat_model, ChatSampling(temperature, max_tokens, seed))
     if prompt is None:
+        import readline  # noqa: F401 - with it, arrow keys edit and recall lines
+
         print("\n".join([f"{target}: {chat_model.description}", *lines]))
         return session.run(suggestions)
     reply = session.turn(prompt)

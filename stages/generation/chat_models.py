@@ -132,7 +132,9 @@ class InProcessChat:
         ids = tuple(prompt["input_ids"])
         room = self.context - len(ids)
         if room < 1:
-            raise AtomError(f"the conversation has {len(ids)} tokens, and the model's context is {self.context}")
+            raise AtomError(
+                f"the conversation has {len(ids)} tokens, and the model's context is {self.context}; begin a new one"
+            )
         # Some templates open the thinking themselves.
         if self.tokenizer.decode(ids[-4:]).rstrip().endswith(THINK_START):
             reply.text = THINK_START

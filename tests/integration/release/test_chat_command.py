@@ -111,7 +111,9 @@ def test_an_answer_ends_at_its_limit_and_at_the_context(taught: InProcessChat, m
     monkeypatch.setattr(taught, "context", length + 3)
     assert (ask(taught, WHAT).stopped, ask(taught, WHAT).tokens) == ("context", 3)
     monkeypatch.setattr(taught, "context", length)
-    with pytest.raises(AtomError, match=f"^the conversation has {length} tokens, and the model's context is {length}$"):
+    with pytest.raises(
+        AtomError, match=f"^the conversation has {length} tokens, and the model's context is {length}; begin a new one$"
+    ):
         ask(taught, WHAT)
 
 
@@ -251,9 +253,9 @@ def screen(model: Any, *lines: Any, suggestions: Any = ()) -> list[str]:
 def test_thinking_folds_and_unfolds(taught: InProcessChat) -> None:
     shown = screen(taught, "/1", "/think", suggestions=[Suggestion(WHY, "It is 6.")])
     assert shown[:6] == [
-        f"  /1  {WHY}", "/1, /2 … ask a problem of its evaluation; /help lists the commands", "", "> /1", WHY, shown[5],
+        f"  /1  {WHY}", "/1, /2 … ask a problem of its evaluation; /think unfolds the thinking; /help lists all commands", "", "> /1", WHY, shown[5],
     ]  # fmt: skip
-    assert shown[5].startswith("thought for ") and shown[5].endswith(" tokens; /think unfolds")
+    assert shown[5].startswith("thought for ") and shown[5].endswith(" tokens")
     assert shown[6:] == ["It is 6.", "the evaluation expects: It is 6.", "", "> /think", "three twice"]
 
 
@@ -269,16 +271,30 @@ def test_ctrl_c_stops_an_answer_and_the_session_goes_on() -> None:
     assert model.asked == [["count"], ["count", "One, two", "again"], ["count", "One, two", "and?"]]
     assert shown[1:] == [
         "", "> count", "One, two", "stopped",
-        "", "> again", "thought for 1 tokens; /think unfolds", "stopped", "the model gave no answer",
-        "", "Ctrl-D or /quit leaves", "", "> and?", "Well.",
+        "", "> again", "thought for 1 tokens", "stopped", "the model gave no answer",
+        "", "", "Ctrl-D or /quit leaves", "", "> and?", "Well.",
     ]  # fmt: skip
+
+
+def test_a_model_answers_after_a_stopped_answer(taught: InProcessChat, monkeypatch: pytest.MonkeyPatch) -> None:
+    step, calls = taught.decoder.step, []
+
+    def interrupted(token: Any) -> Any:
+        calls.append(token)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return step(token)
+
+    monkeypatch.setattr(taught.decoder, "step", interrupted)
+    shown = screen(taught, WHAT, "/reset", WHAT)
+    assert "stopped" in shown and shown[-1] == "4, surely."
 
 
 def test_an_error_and_an_unknown_command_leave_the_session_usable() -> None:
     model = Scripted([AtomError("the conversation is too long")], ["\x1b[2Jfine"])
     shown = screen(model, "/dance", "long", "short", "/quit")
     assert "there is no command /dance; /help lists them" in shown
-    assert "the conversation is too long; /reset begins a new conversation" in shown
+    assert "the conversation is too long" in shown
     assert model.asked == [["long"], ["short"]]
     assert "\\x1b[2Jfine" in shown, "a model cannot clear the terminal"
 
