@@ -26,11 +26,7 @@ HELP = """\
 /quit     leave, as Ctrl-D does
 Ctrl-C stops an answer."""
 # {why an answer ended: what is said of it}
-ENDINGS = {
-    "limit": "cut at --max-tokens",
-    "context": "cut: the model's context is full; begin a new conversation",
-    "": "stopped",
-}
+ENDINGS = {"limit": "cut at --max-tokens", "context": "cut: the model's context is full", "": "stopped"}
 
 
 class Session:

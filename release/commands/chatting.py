@@ -21,14 +21,10 @@ app = typer.Typer()
 @app.command(rich_help_panel=RELEASE)
 def chat(
     target: Annotated[
-        str,
-        typer.Argument(
-            metavar="RELEASE|REPO|URL",
-            help="a release or the folder of a model; a repository namespace/name[@revision] of the Hub; a server",
-        ),
+        str, typer.Argument(metavar="RELEASE|REPO|URL", help="folder, Hub id namespace/name[@revision], or server")
     ],
     model: Annotated[
-        str | None, typer.Option(metavar="NAME", help="a model of the release, such as model-sft; or of the server")
+        str | None, typer.Option(metavar="NAME", help="such as model-sft of a release; or a server's")
     ] = None,
     prompt: Annotated[str | None, typer.Option(metavar="TEXT", help="print the answer to this, and exit")] = None,
     temperature: Annotated[float, typer.Option(min=0, max=10, help="0: the likeliest token, as in evaluations")] = 0,

@@ -114,6 +114,7 @@ class InProcessChat:
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(folder, **local)
             model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", use_safetensors=True, **local).eval()
+            self.context = model.config.get_text_config().max_position_embeddings
         except Exception as error:  # a loader of a stranger's files can raise anything
             raise AtomError(f"transformers does not load the model in {folder}: {printable(str(error))}") from None
         if not self.tokenizer.chat_template:
@@ -121,7 +122,6 @@ class InProcessChat:
         self.decoder = LibraryDecoder(model.requires_grad_(False))
         stops = model.generation_config.eos_token_id
         self.stops = stops if isinstance(stops, list) else [stops]
-        self.context = model.config.get_text_config().max_position_embeddings
         self.description = f"{model.num_parameters():,} parameters, a context of {self.context:,} tokens"
 
     def respond(self, messages: Sequence[Message], sampling: ChatSampling, reply: Reply) -> None:
