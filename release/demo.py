@@ -214,7 +214,7 @@ def demo(recipe: str, quiet: bool = False) -> None:
 
 
 def summary(release: Path, hub: Path, seconds: float) -> None:
-    """Prints the page of the release, its places, and three things to try."""
+    """Prints the page of the release, its places, and four things to try."""
     import shutil
 
     from release.audit import show
@@ -229,6 +229,8 @@ def summary(release: Path, hub: Path, seconds: float) -> None:
     print(f"time          {duration(seconds)}; a second run uses what is sealed")
     print(
         "\nWhat to try next\n"
+        f"  atom chat {path}\n"
+        "      talk to the model, which suggests problems\n"
         f"  atom trace {path} --phase pretrain --step 7\n"
         "      the documents of that training step, with origin and license\n"
         f"  atom replay {path} pretrain\n"

@@ -1,0 +1,1 @@
+"""`atom chat`: a released model that is talked to in the terminal."""

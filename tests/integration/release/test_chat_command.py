@@ -1,0 +1,413 @@
+"""`atom chat`: answers in the process and of a server, on a terminal and in a pipe, and what it refuses."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import shutil
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+from typer.testing import CliRunner, Result
+
+from bench import record
+from pipeline.cli.main import app
+from pipeline.core.errors import AtomError, CheckFailed
+from release.chat.session import Session
+from release.chat.source import SUGGESTIONS, Suggestion, suggest
+from stages.generation.chat_models import ChatSampling, InProcessChat, Reply, ServedChat
+from tests.fixtures import taught_fixtures
+from tests.fixtures.hub_fixtures import Hub
+from tests.fixtures.taught_fixtures import LESSONS
+
+WHY, WHAT = "Why is 3+3 = 6?", "What is 2+2?"
+THOUGHT = "<think>\nthree twice\n</think>\n\nIt is 6."
+CARD = (
+    "---\nlicense: apache-2.0\ndatasets:\n- local/notes\natom_release_format: 1\natom_card_schema: 1\n---\n# taught\n"
+)
+
+
+def item(id: str, kind: str, prompt: str, expected: str | None = None, **request: Any) -> dict[str, Any]:
+    messages = [{"role": "user", "content": prompt}]
+    return {
+        "id": id,
+        "kind": kind,
+        "expected_answer": expected,
+        "responses_create_params": {"input": messages, **request},
+    }
+
+
+ITEMS = [item("a/0", "add", WHAT, "4, surely."), item("w/0", "why", WHY)]
+
+
+@pytest.fixture(scope="module")
+def release(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A release folder as far as this command reads it, whose model has learned two answers."""
+    root = tmp_path_factory.mktemp("release")
+    taught_fixtures.save(root / "model", lessons=("plain", "reasoning"))
+    (root / "model/README.md").write_text(CARD)
+    files = sorted(path for path in (root / "model").iterdir())
+    sums = [f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}\n" for path in files]
+    (root / "model/SHA256SUMS").write_text("".join(sums))
+    for path, text in (("evidence/release.json", "{}"), ("dataset/evaluation/chat.jsonl", jsonl(ITEMS))):
+        (root / path).parent.mkdir(parents=True)
+        (root / path).write_text(text)
+    return root
+
+
+def jsonl(rows: list[dict[str, Any]]) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+@pytest.fixture(scope="module")
+def taught(release: Path) -> InProcessChat:
+    return InProcessChat(release / "model")
+
+
+def ask(model: Any, text: str, **sampling: Any) -> Reply:
+    reply = Reply()
+    model.respond([{"role": "user", "content": text}], ChatSampling(**sampling), reply)
+    return reply
+
+
+def atom_chat(*arguments: str, text: str = "") -> Result:
+    return CliRunner().invoke(app, ["chat", *arguments], input=text)
+
+
+# An answer in the process.
+
+
+@pytest.mark.parametrize("lesson", ["plain", "reasoning"])
+def test_an_answer_is_the_greedy_one_of_transformers(release: Path, taught: InProcessChat, lesson: str) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    messages = LESSONS[lesson].request["messages"]
+    tokenizer = AutoTokenizer.from_pretrained(release / "model")
+    model = AutoModelForCausalLM.from_pretrained(release / "model")
+    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    length = prompt["input_ids"].shape[1]
+    output = model.generate(**prompt, do_sample=False, max_new_tokens=64)[0, length:]
+    expected = tokenizer.parse_response(output, prefix=prompt["input_ids"][0])
+
+    reply = ask(taught, messages[0]["content"])
+
+    assert (reply.answer, reply.thinking) == (expected["content"], expected.get("thinking", ""))
+    assert (reply.tokens, reply.stopped) == (len(output), "end")
+    assert reply.answer in LESSONS[lesson].answer
+
+
+def test_an_answer_ends_at_its_limit_and_at_the_context(taught: InProcessChat, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert (ask(taught, WHAT, max_tokens=2).stopped, ask(taught, WHAT, max_tokens=2).tokens) == ("limit", 2)
+    prompt = taught.tokenizer.apply_chat_template(
+        [{"role": "user", "content": WHAT}], add_generation_prompt=True, return_dict=True
+    )
+    length = len(prompt["input_ids"])
+    monkeypatch.setattr(taught, "context", length + 3)
+    assert (ask(taught, WHAT).stopped, ask(taught, WHAT).tokens) == ("context", 3)
+    monkeypatch.setattr(taught, "context", length)
+    with pytest.raises(
+        AtomError, match=f"^the conversation has {length} tokens, and the model's context is {length}; begin a new one$"
+    ):
+        ask(taught, WHAT)
+
+
+def test_a_seed_decides_what_is_drawn(taught: InProcessChat) -> None:
+    drawn = [ask(taught, WHAT, temperature=5.0, max_tokens=20, seed=seed).text for seed in (1, 1, 2)]
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+@pytest.mark.parametrize("size", [1, 3, 100])
+def test_thinking_is_apart_however_the_text_arrives(size: int) -> None:
+    shown: list[tuple[str, str]] = []
+    reply = Reply(lambda reply: shown.append((reply.thinking, reply.answer)))
+    for start in range(0, len(THOUGHT), size):
+        reply.add(THOUGHT[start : start + size])
+    assert (reply.thinking, reply.answer) == ("three twice", "It is 6.")
+    assert all("It is 6.".startswith(answer) for _, answer in shown)
+
+
+def test_an_answer_may_speak_of_marks() -> None:
+    reply = Reply()
+    reply.add("<")
+    assert reply.answer == ""
+    reply.stopped = "end"
+    assert reply.answer == "<"
+    assert Reply(text="Write <think> first.").answer == "Write <think> first."
+
+
+# The command in a pipe.
+
+
+def test_a_prompt_has_one_answer(release: Path) -> None:
+    assert atom_chat(str(release), "--prompt", WHY).stdout == "It is 6.\n"
+    assert atom_chat(str(release / "model"), text=f"{WHAT}\n").stdout == "4, surely.\n"
+    result = json.loads(atom_chat(str(release), "--prompt", WHY, "--json").stdout)
+    assert result == {
+        "prompt": WHY, "thinking": "three twice", "answer": "It is 6.", "tokens": result["tokens"], "stopped": "end",
+    }  # fmt: skip
+    cut = atom_chat(str(release), "--prompt", WHY, "--max-tokens", "2")
+    assert (cut.exit_code, cut.stdout) == (0, "")
+    assert cut.stderr == "atom: cut at --max-tokens\natom: the model gave no answer\n"
+
+
+def test_a_model_of_the_hub(release: Path, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    hub.commit({"evaluation/chat.jsonl": jsonl(ITEMS).encode()})
+    hub.repo = hub.store.create("model", "local/taught", False, "local")
+    hub.commit({path.name: path.read_bytes() for path in (release / "model").iterdir()})
+    assert atom_chat("local/taught", "--prompt", WHAT).stdout == "4, surely.\n"
+    folder = next(tmp_path.glob("cache/models--local--taught/snapshots/*"))
+    assert suggest("local/taught", folder) == [Suggestion(WHAT, "4, surely."), Suggestion(WHY, None)]
+    with pytest.raises(AtomError, match=r"^pulling local/nothing: http://127\.0\.0\.1:\d+ has no such repository"):
+        raise_of("local/nothing")
+
+
+def raise_of(*arguments: str) -> None:
+    result = atom_chat(*arguments, "--prompt", "x")
+    assert result.exception is not None and not isinstance(result.exception, SystemExit), result.output
+    raise result.exception
+
+
+def test_bad_input_is_one_sentence(release: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(release / "model", copy)
+    (copy / "SHA256SUMS").unlink()
+    (copy / "chat_template.jinja").unlink()
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken/config.json").write_text("{}")
+    for arguments, sentence in (
+        ((str(tmp_path),), f"there is no model in {tmp_path}, which has no config.json; give a release"),
+        (
+            ("no/such/folder",),
+            "there is no folder no/such/folder; a repository of the Hub is NAMESPACE/NAME[@REVISION]",
+        ),
+        ((str(release), "--model", "model-x"), f"{release} has no model model-x; it has model"),
+        ((str(copy),), f"{copy} has no chat template: its model continues texts, and does not converse"),
+        ((str(tmp_path / "broken"),), f"transformers does not load the model in {tmp_path / 'broken'}: "),
+        (("http://127.0.0.1:1/v1",), "no server answers at http://127.0.0.1:1/v1: "),
+    ):
+        with pytest.raises(AtomError) as raised:
+            raise_of(*arguments)
+        assert str(raised.value).startswith(sentence) and "\n" not in str(raised.value)
+        assert raised.value.exit_code == 2
+    nothing = atom_chat(str(release), text="  \n").exception
+    assert str(nothing) == "there is nothing to answer: give --prompt TEXT, or a text on stdin"
+
+
+def test_an_altered_model_is_refused(release: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(release / "model", copy)
+    (copy / "chat_template.jinja").write_text("{{ messages }}")
+    with pytest.raises(
+        CheckFailed, match=r"^chat_template\.jinja in \S+ is not what SHA256SUMS there lists; see atom "
+    ):
+        raise_of(str(copy))
+
+
+# The conversation on a terminal.
+
+
+class Scripted:
+    """A model that answers with given pieces, and records what it is asked. An exception among them is raised."""
+
+    description = "scripted"
+
+    def __init__(self, *answers: list[Any]) -> None:
+        self.answers, self.asked = list(answers), []
+
+    def respond(self, messages: Any, sampling: ChatSampling, reply: Reply) -> None:
+        self.asked.append([message["content"] for message in messages])
+        for piece in self.answers.pop(0):
+            if isinstance(piece, BaseException):
+                raise piece
+            reply.add(piece)
+        reply.stopped = "end"
+
+
+def screen(model: Any, *lines: Any, suggestions: Any = ()) -> list[str]:
+    """The rows of a terminal at the end of a session. lines: what is typed; an exception is raised in its place."""
+    file, typed = io.StringIO(), iter([*lines, EOFError()])
+
+    def read(prompt: str) -> str:
+        line = next(typed)
+        if isinstance(line, BaseException):
+            raise line
+        file.write(f"{prompt}{line}\n")
+        return line
+
+    console = Console(file=file, force_terminal=True, width=80, _environ={"TERM": "xterm"})
+    Session(console, model, ChatSampling()).run(suggestions, read)
+    terminal = record.Terminal()
+    terminal.feed(file.getvalue().replace("\n", "\r\n"))
+    return ["".join(part for _, part in row).rstrip() for row in terminal.shown(record.ROWS)]
+
+
+def test_thinking_folds_and_unfolds(taught: InProcessChat) -> None:
+    shown = screen(taught, "/1", "/think", suggestions=[Suggestion(WHY, "It is 6.")])
+    assert shown[:6] == [
+        f"  /1  {WHY}", "/1, /2 … ask a problem of its evaluation; /think unfolds the thinking; /help lists all commands", "", "> /1", WHY, shown[5],
+    ]  # fmt: skip
+    assert shown[5].startswith("thought for ") and shown[5].endswith(" tokens")
+    assert shown[6:] == ["It is 6.", "the evaluation expects: It is 6.", "", "> /think", "three twice"]
+
+
+def test_turns_are_remembered_until_reset() -> None:
+    model = Scripted(["<think>why", "</think>one"], ["two"], ["three"])
+    screen(model, "a", "b", "/reset", "c")
+    assert model.asked == [["a"], ["a", "one", "b"], ["c"]]
+
+
+def test_ctrl_c_stops_an_answer_and_the_session_goes_on() -> None:
+    model = Scripted(["One, two", KeyboardInterrupt()], ["<think>hm", KeyboardInterrupt()], ["Well."])
+    shown = screen(model, "count", "again", KeyboardInterrupt(), "and?")
+    assert model.asked == [["count"], ["count", "One, two", "again"], ["count", "One, two", "and?"]]
+    assert shown[1:] == [
+        "", "> count", "One, two", "stopped",
+        "", "> again", "thought for 1 tokens", "stopped", "the model gave no answer",
+        "", "", "Ctrl-D or /quit leaves", "", "> and?", "Well.",
+    ]  # fmt: skip
+
+
+def test_a_model_answers_after_a_stopped_answer(taught: InProcessChat, monkeypatch: pytest.MonkeyPatch) -> None:
+    step, calls = taught.decoder.step, []
+
+    def interrupted(token: Any) -> Any:
+        calls.append(token)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return step(token)
+
+    monkeypatch.setattr(taught.decoder, "step", interrupted)
+    shown = screen(taught, WHAT, "/reset", WHAT)
+    assert "stopped" in shown and shown[-1] == "4, surely."
+
+
+def test_an_error_and_an_unknown_command_leave_the_session_usable() -> None:
+    model = Scripted([AtomError("the conversation is too long")], ["\x1b[2Jfine"])
+    shown = screen(model, "/dance", "long", "short", "/quit")
+    assert "there is no command /dance; /help lists them" in shown
+    assert "the conversation is too long" in shown
+    assert model.asked == [["long"], ["short"]]
+    assert "\\x1b[2Jfine" in shown, "a model cannot clear the terminal"
+
+
+# Suggestions.
+
+
+def test_suggestions_are_of_all_kinds_and_always_the_same(tmp_path: Path) -> None:
+    rows = [item(f"a/{n}", "add", f"{n}+1", str(n + 1)) for n in range(50)]
+    rows += [item(f"s/{n}", "sort", f"sort {n}") for n in range(50)]
+    rows += [item("t/0", "tools", "call it", tools=[{"name": "clock"}])]
+    items = tmp_path / "dataset/evaluation/chat.jsonl"
+    items.parent.mkdir(parents=True)
+    items.write_text(jsonl(rows))
+    first = suggest(str(tmp_path / "model"), tmp_path / "model")
+    items.write_text(jsonl(rows[::-1]))
+    assert suggest(str(tmp_path / "model"), tmp_path / "model") == first
+    assert len(set(first)) == SUGGESTIONS
+    assert [row.prompt.startswith("sort") for row in first] == [False, True, False, True]
+    assert all(row.expected is None or str(eval(row.prompt)) == row.expected for row in first)
+
+
+# A server.
+
+
+class Handler(BaseHTTPRequestHandler):
+    """A server of OpenAI's API, with chunked answers. events: those of its stream; bodies: what it was asked."""
+
+    protocol_version = "HTTP/1.1"
+    models = ("taught",)
+    events: tuple[str, ...] = ()
+    bodies: list[dict[str, Any]]
+
+    def do_GET(self) -> None:
+        self._send(200, json.dumps({"data": [{"id": name} for name in self.models]}).encode())
+
+    def do_POST(self) -> None:
+        self.bodies.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+        if "long" in self.bodies[-1]["messages"][-1]["content"]:
+            return self._send(400, b'{"error": {"message": "the context has 512 tokens"}}')
+        self.send_response(200)
+        self.send_header("Transfer-Encoding", "chunked")
+        self.end_headers()
+        for event in self.events:
+            data = f"data: {event}\n\n".encode()
+            self.wfile.write(b"%x\r\n%s\r\n" % (len(data), data))
+            self.wfile.flush()
+        self.wfile.write(b"0\r\n\r\n")
+
+    def _send(self, status: int, data: bytes) -> None:
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *arguments: Any) -> None: ...
+
+
+@pytest.fixture
+def server() -> Iterator[tuple[str, type[Handler]]]:
+    """(URL, its handler, whose attributes may be set)."""
+    kind = type("Own", (Handler,), {"bodies": []})
+    running = ThreadingHTTPServer(("127.0.0.1", 0), kind)
+    thread = threading.Thread(target=running.serve_forever, kwargs={"poll_interval": 0.02})
+    thread.start()
+    yield f"http://127.0.0.1:{running.server_port}/v1", kind
+    running.shutdown()
+    running.server_close()
+    thread.join()
+
+
+def event(finish: str | None = None, **delta: Any) -> str:
+    return json.dumps({"choices": [{"delta": delta, "finish_reason": finish}]})
+
+
+USAGE = json.dumps({"choices": [], "usage": {"completion_tokens": 9}})
+
+
+@pytest.mark.parametrize("parsed", [False, True])
+def test_a_server_streams(server: tuple[str, type[Handler]], parsed: bool) -> None:
+    url, kind = server
+    if parsed:
+        kind.events = (
+            event(role="assistant", content=""),
+            event(reasoning="three "),
+            event(reasoning="twice"),
+            event(content="It is"),
+        )
+    else:
+        kind.events = (event(content="<thi"), event(content="nk>\nthree twice\n</think>"), event(content="\n\nIt is"))
+    kind.events += (event("stop", content=" 6."), USAGE, "[DONE]")
+    pieces: list[str] = []
+    reply = Reply(lambda reply: pieces.append(reply.answer))
+    ServedChat(url, None).respond([{"role": "user", "content": WHY}], ChatSampling(seed=3), reply)
+    assert (reply.thinking, reply.answer, reply.tokens, reply.stopped) == ("three twice", "It is 6.", 9, "end")
+    assert pieces[-2:] == ["It is", "It is 6."], "it is shown as it arrives"
+    (body,) = kind.bodies
+    assert (body["model"], body["temperature"], body["seed"], body["stream"]) == ("taught", 0.0, 3, True)
+    assert "max_tokens" not in body
+
+
+def test_a_server_that_refuses_is_one_sentence(server: tuple[str, type[Handler]]) -> None:
+    url, kind = server
+    with pytest.raises(AtomError, match="refuses with status 400: the context has 512 tokens$"):
+        ask(ServedChat(url, None), "long")
+    kind.events = (event(content="It"),)
+    with pytest.raises(AtomError, match="ended its stream in the middle of an answer$"):
+        ask(ServedChat(url, None), WHAT)
+    kind.events = ('{"error": {"message": "out of memory"}}',)
+    with pytest.raises(AtomError, match="streams no answer, but out of memory$"):
+        ask(ServedChat(url, None), WHAT)
+    kind.models = ("a", "b")
+    for model in (None, "c"):
+        with pytest.raises(AtomError, match=f"^give --model, one of those of {url}: a, b$"):
+            ServedChat(url, model)
+    assert ServedChat(url, "b").description == "b"
