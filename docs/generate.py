@@ -181,15 +181,6 @@ def meanings(owner: type) -> dict[str, str]:
     return texts
 
 
-def meanings(owner: type) -> dict[str, str]:
-    """The text below each field of a class, its bases' first."""
-    texts: dict[str, str] = {}
-    for kind in reversed(owner.__mro__):
-        if kind.__module__.partition(".")[0] in ("pipeline", "stages", "release"):
-            texts |= texts_below(ast.parse(inspect.getsource(importlib.import_module(kind.__module__))), kind.__name__)
-    return texts
-
-
 def with_part(name: str, *parts_and_bodies: str) -> str:
     """A page with what is generated between the two marks of each part."""
     page = (FOLDER / name).read_text(encoding="utf-8")
