@@ -46,6 +46,13 @@ def test_checkpoint_benchmark() -> None:
     assert {"stall", "copy", "whole", "step"} <= {line.split()[0] for line in run_quick("checkpoint")}
 
 
+@at_length("benchmarks", 60)
+def test_ablations_compare_two_arms_of_one_seed() -> None:
+    *_, row = run_quick("ablations", "rate")
+    name, control, arm, effect = row.split()[:4]
+    assert name == "rate" and float(effect) == pytest.approx(float(arm) - float(control), abs=2e-4)
+
+
 @at_length("benchmarks", 15)
 def test_seal_benchmark() -> None:
     sizes = [line.split()[:2] for line in run_quick("seal")[1:]]

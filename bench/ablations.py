@@ -1,0 +1,155 @@
+"""Runs pairs of recipes that differ in one setting, and prints the effect of each on held-out loss.
+
+    .venv/bin/python bench/ablations.py --home runs/ablations                 # all questions of bench/ablations.yaml
+    .venv/bin/python bench/ablations.py --home runs/ablations muon anneal     # some of them
+    .venv/bin/python bench/ablations.py --quick                               # 20 steps of one seed, to try it
+
+Both arms of a pair have the same seed, so the same initial weights and rows as far as the setting leaves them equal.
+The effect is the difference of the last held-out losses of a phase, arm minus control, in nats a token: below 0 the arm
+is better. Its 95 % interval is over seeds (Student's). At this size an effect gives a sign, and no figure at scale.
+
+Runs are sealed in the home: a run that was stopped goes on, and arms with equal settings are one run. The last line is
+one JSON object; its ratio is the loss of the control divided by that of the arm, of the first question.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from intervals import interval
+
+from pipeline.core.store import Store
+from pipeline.graph import dag
+from pipeline.graph import recipe as recipes
+
+ROOT = Path(__file__).resolve().parent.parent
+# Settings of a run that shows only that everything runs.
+QUICK = {
+    f"{phase}.{name}": value
+    for phase in ("pretrain", "midtrain")
+    for name, value in {
+        "steps": 20, "optimizer.warmup_steps": 5, "validation.every": 20, "release_checkpoint_interval": 10,
+        "checkpoint_interval": 20,
+    }.items()
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Question:
+    """A pair of runs.
+
+    Attributes:
+        name: Its name in the file.
+        text: What differs, in words.
+        phase: The stage whose held-out loss is compared.
+        arm: {path of a setting: value} of the arm.
+        control: Those of the control; none is the base.
+    """
+
+    name: str
+    text: str
+    phase: str
+    arm: Mapping[str, Any]
+    control: Mapping[str, Any]
+
+
+def changed(recipe: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a copy of a recipe with other settings. A value of None takes a setting away."""
+    copy: dict[str, Any] = json.loads(json.dumps(recipe))
+    for path, value in changes.items():
+        *sections, name = path.split(".")
+        section = copy
+        for key in sections:
+            section = section.setdefault(key, {})
+        if value is None:
+            section.pop(name, None)
+        else:
+            section[name] = value
+    return copy
+
+
+def heldout_loss(home: Path, file: Path, phase: str) -> float:
+    """Runs a recipe until a phase is sealed, and returns its last held-out loss in nats a token.
+
+    Raises:
+        SystemExit: With what the run printed, if it failed.
+    """
+    command = [sys.executable, "-m", "pipeline.cli", "run", str(file), "--until", phase]
+    environment = {**os.environ, "ATOM_HOME": str(home), "MLFLOW_TRACKING_URI": "none", "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    if run.returncode:
+        raise SystemExit(f"{file.stem}: exit {run.returncode}\n{run.stdout[-2000:]}{run.stderr[-2000:]}")
+    store = Store(home)
+    key = dag.compose(recipes.load(str(file)), store).nodes[phase].key
+    summary = json.loads((store.artifacts / key / "summary.json").read_text())
+    return float(summary["heldout_loss"]["last"])
+
+
+def questions_of(body: Mapping[str, Any], names: list[str]) -> Iterator[Question]:
+    """Yields the questions that were asked, or all. Raises SystemExit for an unknown name."""
+    for name in names or body["questions"]:
+        if name not in body["questions"]:
+            raise SystemExit(f"ablations: no question {name}; known: {', '.join(body['questions'])}")
+        row = body["questions"][name]
+        yield Question(name, row["text"], row["phase"], row["arm"], row.get("control", {}))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("questions", nargs="*", help="names in bench/ablations.yaml; default: all")
+    parser.add_argument("--home", type=Path, help="where runs are kept; default: a temporary folder")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
+    parser.add_argument("--seeds", type=int, help="number of seeds; default: those of the file")
+    parser.add_argument("--quick", action="store_true", help="20 steps of one seed; the figures mean nothing")
+    options = parser.parse_args()
+    body = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text("utf-8"))
+    questions = list(questions_of(body, options.questions))
+    seeds = body["seeds"][: 1 if options.quick else options.seeds]
+    base = yaml.safe_load((ROOT / f"pipeline/recipes/{body['base']}.yaml").read_text("utf-8"))
+    with tempfile.TemporaryDirectory() as scratch:
+        home = (options.home or Path(scratch) / "home").absolute()
+        folder = home / "recipes"
+        folder.mkdir(parents=True, exist_ok=True)
+
+        def measure(question: Question, arm: str, seed: int) -> float:
+            changes = question.arm if arm == "arm" else question.control
+            recipe = changed(base, {**body["common"], **changes, **(QUICK if options.quick else {}), "seed": seed})
+            file = folder / f"{question.name}-{arm}-{seed}.yaml"
+            file.write_text(yaml.safe_dump(recipe, sort_keys=False))
+            return heldout_loss(home, file, question.phase)
+
+        losses: dict[tuple[str, str, int], float] = {}
+        plan = [(q, arm, seed) for seed in seeds for q in questions for arm in ("control", "arm")]
+        with ThreadPoolExecutor(options.jobs) as pool:
+            for (question, arm, seed), loss in zip(plan, pool.map(lambda run: measure(*run), plan), strict=True):
+                losses[question.name, arm, seed] = loss
+                print(f"{question.name:<12} {arm:<8} seed {seed}: {loss:.4f}", flush=True)
+    print(f"\n{'question':<12} {'control':>8} {'arm':>8} {'effect':>8} {'95 % interval':>20}  what differs")
+    ratios = []
+    for question in questions:
+        controls = [losses[question.name, "control", seed] for seed in seeds]
+        arms = [losses[question.name, "arm", seed] for seed in seeds]
+        effect, low, high = interval([arm - control for arm, control in zip(arms, controls, strict=True)])
+        means = f"{sum(controls) / len(seeds):>8.4f} {sum(arms) / len(seeds):>8.4f}"
+        print(f"{question.name:<12} {means} {effect:>+8.4f} {f'{low:+.4f} to {high:+.4f}':>20}  {question.text}")
+        ratios.append(interval([control / arm for arm, control in zip(arms, controls, strict=True)]))
+    ratio, low, high = ratios[0]
+    result = {"name": "ablations", "ratio": ratio, "low": low, "high": high, "target": 1.0, "unit": "x"}
+    print(json.dumps({**result, "machine": f"{platform.machine()}, {os.cpu_count()} CPUs"}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
