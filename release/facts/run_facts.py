@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from pipeline.core import provenance
 from pipeline.core.errors import AtomError
@@ -16,7 +16,7 @@ from release import schema
 from release.facts.model_facts import ModelFacts, read_model_facts
 from release.facts.published_tables import read_json, read_rows
 from release.layout import MODEL, RECIPE, RELEASE, SIZE, sizes_of, when
-from stages.confidence import Figure, Ratio, ratio
+from stages.confidence import Figure, Ratio
 
 
 @dataclass(frozen=True)
@@ -277,10 +277,13 @@ def _read_size(release: Path, name: str, settings: Mapping[str, Any]) -> Trained
     paths = [evaluation / ("base" if each == PRETRAIN else each) / "documents.parquet" for each in (name, PRETRAIN)]
     if not all(path.is_file() for path in paths):
         return trained
-    scored, reference = ({(row["id"], row["bytes"]): row["nll_bits"] for row in read_rows(path)} for path in paths)
-    trained = replace(trained, bits=ratio([(bits, size) for (_, size), bits in scored.items()]))
-    if scored.keys() != reference.keys():
+    from stages.evaluation.model_evaluation import bits_per_byte
+
+    own, base = (read_rows(path, ["source", "id", "bytes", "nll_bits"]) for path in paths)
+    trained = replace(trained, bits=bits_per_byte(cast(Any, own))[1])
+    if [(row["id"], row["bytes"]) for row in own] != [(row["id"], row["bytes"]) for row in base]:
         return trained
     # Paired, so that a document that is hard for both models is no error of the difference.
-    pairs = [(bits - reference[document], document[1]) for document, bits in scored.items()]
-    return replace(trained, difference=ratio(pairs))
+    pairs = zip(own, base, strict=True)
+    change: Any = [{**row, "nll_bits": row["nll_bits"] - reference["nll_bits"]} for row, reference in pairs]
+    return replace(trained, difference=bits_per_byte(change)[1])
