@@ -67,7 +67,7 @@ def with_settings(model: Mapping[str, Any], settings: Mapping[str, Any]) -> Mode
     """
     name = settings.get("architecture", model.get("architecture", DEFAULT))
     fields = ARCHITECTURES[name].model_fields if name in ARCHITECTURES else model
-    return parse({key: value for key, value in model.items() if key in fields} | settings)
+    return parse({key: value for key, value in model.items() if key in fields} | dict(settings))
 
 
 Sizes = Annotated[tuple[SmallerModel, ...], Field(max_length=16)]
