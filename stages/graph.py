@@ -181,16 +181,14 @@ def _twin_nodes(config: ReleaseRecipe, measured: Measured) -> Iterator[NodeSpec]
     """
     vocabulary, tolerance = measured.padded_vocab_size, config.evaluation.parity_tolerance
     for number, size in enumerate(config.sizes):
-        if not size.twin:
-            continue
-        assert config.pretrain is not None  # problems() refuses sizes without pre-training
-        twin, phase = size.resolve(config.model, config.pretrain)
-        name = smaller_model.node(number)
-        model = ExportedModel(name, name, None, TrainedModel(twin, published_dtype(twin, vocabulary, phase.precision)))
-        export = export_node(model, False, vocabulary, tolerance, measured.seed)
-        inputs = {"model": f"{name}-export", "dedup": "dedup", "items": "items"}
-        yield replace(export, name=f"{name}-export")
-        yield NodeSpec(f"{name}-scores", "evaluate", heldout_config(measured, model), inputs)
+        if size.twin and config.pretrain:
+            name, (twin, phase) = smaller_model.node(number), size.resolve(config.model, config.pretrain)
+            trained = TrainedModel(twin, published_dtype(twin, vocabulary, phase.precision))
+            model = ExportedModel(name, name, None, trained)
+            export = export_node(model, False, vocabulary, tolerance, measured.seed)
+            inputs = {"model": f"{name}-export", "dedup": "dedup", "items": "items"}
+            yield replace(export, name=f"{name}-export")
+            yield NodeSpec(f"{name}-scores", "evaluate", heldout_config(measured, model), inputs)
 
 
 def _imported(recipe: Recipe, config: ReleaseRecipe, store: Store) -> tuple[StartFrom | None, TrainedModel | None]:

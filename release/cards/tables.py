@@ -148,16 +148,14 @@ def twins(sizes: Sequence[Trained]) -> list[str]:
     """Returns the base model and its dense twins with their bits per byte; none without twins."""
     body = []
     for size in sizes:
-        if size.bits is None or size.difference is None:
-            continue
-        change, half = size.difference["value"], Z95 * size.difference["se"]
-        is_base = size is sizes[0]
-        less = "" if is_base else f"{change:+.3f} ({change - half:+.3f} to {change + half:+.3f})"
-        name = "base model" if is_base else f"dense twin, `{size.name}`"
-        body.append([name, count(size.total), count(size.active), count(size.tokens), with_error(size.bits, 3), less])
+        if size.bits and size.difference:
+            change, half = size.difference["value"], Z95 * size.difference["se"]
+            less = f"{change:+.3f} ({change - half:+.3f} to {change + half:+.3f})" if body else ""
+            figures = [count(number) for number in (size.total, size.active, size.tokens)]
+            body.append([f"`{size.name}`", *figures, with_error(size.bits, 3), less])
     sentence = (
-        "A dense twin is trained on the rows of the base model in their order, with as many FLOPs for a token. "
-        "Bits per byte are of the same held-out documents; differences have 95 % intervals over documents:"
+        "A dense twin (`size-…`) is trained on the rows of the base model (`pretrain`) in their order, with as many "
+        "FLOPs for a token. Bits per byte are of the same held-out documents, and intervals of differences 95 % ones:"
     )
     head = ["model", "parameters", "active", "tokens", "bits per byte", "less the base model"]
     return explained_table(sentence, head, body if len(body) > 1 else [])

@@ -404,8 +404,7 @@ def _scores_of_twin(release: Release, size: run_facts.Trained, is_twin: bool) ->
     if not base.is_file():
         return
     if own.is_file() != is_twin:
-        words = ("a", "no") if is_twin else ("no", "its")
-        yield f"{RECIPE} states {words[0]} twin {size.name}, and dataset/evaluation has {words[1]} scores"
+        yield f"{RECIPE} and dataset/evaluation disagree: {size.name} is a twin there, or has scores here, but not both"
     elif is_twin and size.difference is None:
         yield f"dataset/evaluation/{size.name} is of other documents than dataset/evaluation/base"
 
