@@ -155,7 +155,7 @@ def twins(sizes: Sequence[Trained]) -> list[str]:
             body.append([f"`{size.name}`", *figures, with_error(size.bits, 3), less])
     sentence = (
         "A dense twin (`size-…`) is trained on the rows of the base model (`pretrain`) in their order, with as many "
-        "FLOPs for a token. Bits per byte are of the same held-out documents, and intervals of differences 95 % ones:"
+        "FLOPs for a token. Bits per byte are of the same held-out documents; differences have 95 % intervals:"
     )
     head = ["model", "parameters", "active", "tokens", "bits per byte", "less the base model"]
     return explained_table(sentence, head, body if len(body) > 1 else [])

@@ -86,8 +86,8 @@ class Origin:
         folder = self.artifact / self.subfolder
         weights = release_checkpoint.Tensors(folder, progress=self.progress)
         check_tensors(engine.shapes, weights.shapes(), self.artifact.key)
-        state = release_checkpoint.load_state(folder) if moments else {}
-        optimizer_steps = int(state.get("optimizer_step", 0))
+        state = release_checkpoint.load_state(folder) if moments else {"optimizer_step": 0}
+        optimizer_steps = int(state["optimizer_step"])
         states: Mapping[str, Tensor] = {}
         if optimizer_steps:
             states = release_checkpoint.Tensors(folder, release_checkpoint.OPTIMIZER, self.progress)
