@@ -62,6 +62,7 @@ NAMES = {
     "sampled": "|".join(WITHOUT_ORDER),
     "sha256": r"[0-9a-f]{64}",
     "shard": r"[0-9]{5}-of-[0-9]{5}",
+    "size": rf"{SIZE}-[0-9]+",
     "source": r"[a-z][a-z0-9_]*",
     "step": r"[0-9]+",
     "table": r"[a-z_]+",

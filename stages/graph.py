@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 from pipeline.core.errors import RecipeError
 from pipeline.core.store import Store
 from pipeline.core.text import escaped
 from pipeline.graph import dag
-from pipeline.graph.dag import Checkpoint, Graph, build_graph, names_in_words, require_same_beginning
+from pipeline.graph.dag import Checkpoint, Graph, NodeSpec, build_graph, names_in_words, require_same_beginning
 from pipeline.graph.recipe import Recipe
 from stages.data.recipe import DataRecipe, extension_modules
 from stages.data.recipe import loads as load_data_recipe
@@ -162,7 +163,7 @@ def compose(recipe: Recipe, store: Store, without_data: bool = False) -> Graph:
     evaluated_final = heldout_config(measured, final)
     specs += variant_nodes(models, repositories, config.release.variants, evaluated_final, recipe.title)
     # Last, so that smaller models fill what the others leave of a cluster.
-    specs += smaller
+    specs += [*smaller, *_twin_nodes(config, measured)]
 
     graph = build_graph(recipe, specs, absent)
     for phase in phases:
@@ -171,6 +172,23 @@ def compose(recipe: Recipe, store: Store, without_data: bool = False) -> Graph:
             init_key = {role: graph.nodes[name].key for role, name in node.inputs.items() if role == "init"}
             require_same_beginning(checkpoint, init_key, f"{recipe.title}: {phase.where}.continue_from", store)
     return graph
+
+
+def _twin_nodes(config: ReleaseRecipe, measured: Measured) -> Iterator[NodeSpec]:
+    """Yields the nodes that export and evaluate the dense twins among the smaller models.
+
+    They have names of their own, since `export-` and `evaluate-` are of models that a release publishes.
+    """
+    vocabulary, tolerance = measured.padded_vocab_size, config.evaluation.parity_tolerance
+    for number, size in enumerate(config.sizes):
+        if size.twin and config.pretrain:
+            name, (twin, phase) = smaller_model.node(number), size.resolve(config.model, config.pretrain)
+            trained = TrainedModel(twin, published_dtype(twin, vocabulary, phase.precision))
+            model = ExportedModel(name, name, None, trained)
+            export = export_node(model, False, vocabulary, tolerance, measured.seed)
+            inputs = {"model": f"{name}-export", "dedup": "dedup", "items": "items"}
+            yield replace(export, name=f"{name}-export")
+            yield NodeSpec(f"{name}-scores", "evaluate", heldout_config(measured, model), inputs)
 
 
 def _imported(recipe: Recipe, config: ReleaseRecipe, store: Store) -> tuple[StartFrom | None, TrainedModel | None]:

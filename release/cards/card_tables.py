@@ -13,7 +13,7 @@ from typing import Any, Generic, Literal, TypeVar
 from release.cards import caveats, chat_tables, document_tables, tables
 from release.facts.data_facts import DataFacts
 from release.facts.model_facts import ModelFacts
-from release.facts.run_facts import Changes, Costs, Intervention
+from release.facts.run_facts import Changes, Costs, Intervention, Trained
 from release.facts.score_facts import ExampleAnswer, best_example, read_examples
 from release.facts.variant_facts import VariantFacts
 from release.layout import MODEL
@@ -52,6 +52,7 @@ class ReleaseFacts:
         examples: Some of its answers.
         recipe: The resolved recipe.
         changes: The changes since the version before, if it is known.
+        sizes: The model after pre-training, and its smaller ones if there are any.
     """
 
     model: ModelFacts
@@ -62,6 +63,7 @@ class ReleaseFacts:
     examples: Sequence[ExampleAnswer] = ()
     recipe: Mapping[str, Any] = field(default_factory=dict)
     changes: Changes | None = None
+    sizes: Sequence[Trained] = ()
 
     @property
     def example(self) -> ExampleAnswer | None:
@@ -94,6 +96,7 @@ def release_facts(release: Release, folder: str) -> ReleaseFacts:
         examples=read_examples(release.dataset, model.name()),
         recipe=release.recipe,
         changes=release.changes,
+        sizes=release.sizes,
     )
 
 
@@ -165,6 +168,7 @@ def _waived_gates(release: ReleaseFacts) -> list[str]:
 
 RELEASE_TABLES: tuple[CardTable[ReleaseFacts], ...] = (
     CardTable("waived_gates", _waived_gates),
+    CardTable("twins", lambda release: tables.twins(release.sizes), heading="Beside a dense model"),
     # Answers that a reader can draw again.
     CardTable("examples", lambda release: chat_tables.examples(release.examples)),
     CardTable("request", lambda release: chat_tables.request(release.example)),

@@ -5,7 +5,7 @@ Tables about documents are in `document_tables`, those about conversation in `ch
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,11 @@ from release.facts import run_facts
 from release.facts.data_facts import DataFacts
 from release.facts.forecast import FOLDER, NAMES
 from release.facts.model_facts import ModelFacts
-from release.facts.run_facts import Changes, Checkpoint, Intervention
+from release.facts.run_facts import Changes, Checkpoint, Intervention, Trained
 from release.facts.score_facts import HarnessFacts
 from release.facts.variant_facts import VariantFacts
 from release.layout import numbered
-from stages.confidence import Figure
+from stages.confidence import Z95, Figure
 from stages.evaluation.scores import ModelScores, Proportion
 
 MOST_CHANGES = 30
@@ -141,6 +141,23 @@ def passkeys(scores: dict[str, ModelScores]) -> list[str]:
         cells = [scores[model]["passkey"].get(length) for model in columns]
         body.append([count(int(length)), *(with_error(cell, 3) if cell else "not measured" for cell in cells)])
     return table(["tokens of the text", *(names[model] for model in columns)], body) if body else []
+
+
+def twins(sizes: Sequence[Trained]) -> list[str]:
+    """Returns the base model and its dense twins with their bits per byte; none without twins."""
+    body = []
+    for size in sizes:
+        if size.bits and size.difference:
+            change, half = size.difference["value"], Z95 * size.difference["se"]
+            less = f"{change:+.3f} ({change - half:+.3f} to {change + half:+.3f})" if body else ""
+            figures = [count(number) for number in (size.total, size.active, size.tokens)]
+            body.append([f"`{size.name}`", *figures, with_error(size.bits, 3), less])
+    sentence = (
+        "A dense twin (`size-…`) is trained on the rows of the base model (`pretrain`) in their order, with as many "
+        "FLOPs for a token. Bits per byte are of the same held-out documents; differences have 95 % intervals:"
+    )
+    head = ["model", "parameters", "active", "tokens", "bits per byte", "less the base model"]
+    return explained_table(sentence, head, body if len(body) > 1 else [])
 
 
 def engines(model: ModelFacts) -> list[str]:

@@ -29,7 +29,7 @@ from release.opened_release import Release
 from stages.confidence import Figure, Mean
 from stages.evaluation.scores import ModelScores, pass_at_1
 from stages.evaluation.settings import SURE
-from stages.models.registry import parse
+from stages.train.smaller_model import with_settings
 
 TOGETHER = "together"
 Change = tuple[Figure, Figure]
@@ -354,6 +354,7 @@ def sizes(release: Release) -> Findings:
         for section, size in zip(stated, trained, strict=True):
             problems += _settings_of_size(section, configs[PRETRAIN], configs[size.name], size.name)
             problems += _log_of_size(folder, size)
+            problems += _scores_of_twin(release, size, bool(section.get("twin")))
             if size.total >= base.total:
                 problems.append(f"{size.name} has {size.total} parameters, and the model of the release {base.total}")
     return Findings(problems, summary=f"{len(published)} smaller models, trained on the rows of {PRETRAIN}")
@@ -378,7 +379,7 @@ def _settings_of_size(
     wanted, config = (dict(provenance.parameters_of(each)["config"]) for each in (base, size))
     model, smaller = wanted.pop("model"), config.pop("model")
     try:
-        stated = identity(parse(model | section["model"]))
+        stated = identity(with_settings(model, section["model"]))
     except ValidationError as error:
         yield f"{RECIPE} states settings of {name} that make no model: {error.errors()[0]['msg']}"
         return
@@ -394,6 +395,18 @@ def _settings_of_size(
     for role in SHARED:
         if inputs[0].get(role) != inputs[1].get(role):
             yield f"{name} read other {role} than {PRETRAIN}"
+
+
+def _scores_of_twin(release: Release, size: run_facts.Trained, is_twin: bool) -> Iterator[str]:
+    """Yields a problem if a twin, and no other smaller model, was not evaluated on the documents of the base model."""
+    base, own = (release.dataset / "evaluation" / name / "documents.parquet" for name in ("base", size.name))
+    # Evidence alone has no tables.
+    if not base.is_file():
+        return
+    if own.is_file() != is_twin:
+        yield f"{RECIPE} and dataset/evaluation disagree: {size.name} is a twin there, or has scores here, but not both"
+    elif is_twin and size.difference is None:
+        yield f"dataset/evaluation/{size.name} is of other documents than dataset/evaluation/base"
 
 
 def _log_of_size(folder: Path, size: run_facts.Trained) -> Iterator[str]:

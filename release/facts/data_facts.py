@@ -16,7 +16,7 @@ from release.facts import message_tables
 from release.facts.document_facts import DocumentFacts, OptOut, read_document_facts, read_opt_outs
 from release.facts.published_tables import read_json, stream_batches, stream_rows
 from release.facts.score_facts import ChatScores, compute_chat_scores, compute_scores
-from release.layout import when
+from release.layout import numbered, when
 from stages.evaluation.scores import ModelScores
 from stages.formats.table import order_files, row_count
 
@@ -148,7 +148,10 @@ def read_data_facts(dataset: Path) -> DataFacts:
     """Reads the facts from the dataset repository alone."""
     evaluation = dataset / "evaluation"
     orders = _by_name(layout.orders(dataset))
-    scored = _by_name(scores.parent for scores in evaluation.glob("*/scores.json"))
+    # Smaller models are no step on the way to the final one.
+    scored = _by_name(
+        scores.parent for scores in evaluation.glob("*/scores.json") if numbered(scores.parent.name)[0] != layout.SIZE
+    )
     return DataFacts(
         _read_sources(dataset),
         {phase: order_facts([*earlier_orders(dataset, phase), folder]) for phase, folder in orders},

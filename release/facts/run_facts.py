@@ -6,17 +6,17 @@ These are its checkpoints and resumptions, its cost, its smaller models, and the
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from pipeline.core import provenance
 from pipeline.core.errors import AtomError
 from release import schema
 from release.facts.model_facts import ModelFacts, read_model_facts
-from release.facts.published_tables import read_json
+from release.facts.published_tables import read_json, read_rows
 from release.layout import MODEL, RECIPE, RELEASE, SIZE, sizes_of, when
-from stages.confidence import Figure
+from stages.confidence import Figure, Ratio
 
 
 @dataclass(frozen=True)
@@ -236,6 +236,8 @@ class Trained:
         total: Parameters.
         active: Those that are active for one token.
         loss: On held-out rows at the end.
+        bits: Bits per byte of the held-out documents; None of a smaller model that is no twin.
+        difference: Bits per byte less those of the base model, over the same documents; None as above.
     """
 
     name: str
@@ -245,6 +247,8 @@ class Trained:
     total: int
     active: int
     loss: float
+    bits: Ratio | None = None
+    difference: Ratio | None = None
 
     @property
     def checkpoint(self) -> str:
@@ -268,4 +272,18 @@ def read_sizes(release: Path) -> list[Trained]:
 def _read_size(release: Path, name: str, settings: Mapping[str, Any]) -> Trained:
     body = read_json(release / TRAINING / name / "summary.json")
     counts, loss = body["parameters"], float(body["heldout_loss"]["last"])
-    return Trained(name, settings, body["steps"], body["tokens"], counts["total"], counts["active"], loss)
+    trained = Trained(name, settings, body["steps"], body["tokens"], counts["total"], counts["active"], loss)
+    evaluation = release / "dataset/evaluation"
+    paths = [evaluation / ("base" if each == PRETRAIN else each) / "documents.parquet" for each in (name, PRETRAIN)]
+    if not all(path.is_file() for path in paths):
+        return trained
+    from stages.evaluation.model_evaluation import bits_per_byte
+
+    own, base = (read_rows(path, ["source", "id", "bytes", "nll_bits"]) for path in paths)
+    trained = replace(trained, bits=bits_per_byte(cast(Any, own))[1])
+    if [(row["id"], row["bytes"]) for row in own] != [(row["id"], row["bytes"]) for row in base]:
+        return trained
+    # Paired, so that a document that is hard for both models is no error of the difference.
+    pairs = zip(own, base, strict=True)
+    change: Any = [{**row, "nll_bits": row["nll_bits"] - reference["nll_bits"]} for row, reference in pairs]
+    return replace(trained, difference=bits_per_byte(change)[1])

@@ -283,12 +283,13 @@ def _artifacts(facts: PageFacts) -> Markup:
 
 def _sizes(facts: PageFacts) -> Markup:
     """Returns the recipe's model after pre-training and its smaller ones, each with a link to its weights."""
-    head = ["model", "settings that differ", "parameters", "active", "tokens", "held-out loss", "weights"]
-    rows: list[list[str]] = [head]
+    head = ["model", "settings that differ", "parameters", "active", "tokens", "held-out loss", "bits per byte"]
+    rows: list[list[str]] = [[*head, "weights"]]
     for size in facts.sizes:
         settings = ", ".join(f"{name} = {value}" for name, value in sorted(size.settings.items()))
         figures = [tables.count(number) for number in (size.total, size.active, size.tokens)]
-        cells = [size.name, escaped(settings, 400), *figures, f"{size.loss:.4f}"]
+        bits = tables.with_error(size.bits, 3) if size.bits else "not measured"
+        cells = [size.name, escaped(settings, 400), *figures, f"{size.loss:.4f}", bits]
         rows.append([*cells, file_link(f"{size.checkpoint}/", f"step {size.steps}")])
     return markdown_html.table(rows) if facts.sizes else Markup()
 

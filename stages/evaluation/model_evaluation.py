@@ -216,9 +216,22 @@ def summary(
 ) -> ModelScores:
     """Returns `scores.json` from the tables alone, so that it can be recomputed.
 
-    `bits_per_byte_all` pools the scored documents of all sources (strata of a stratified ratio), `accuracy_all` all
-    problems.
+    `bits_per_byte_all` pools the scored documents of all sources, `accuracy_all` all problems.
     """
+    by_source, pooled = bits_per_byte(documents)
+    tasks = sorted({row["task"] for row in items})
+    by_task = {task: binomial([row["score"] for row in items if row["task"] == task]) for task in tasks}
+    scores: ModelScores = {
+        "bits_per_byte": by_source,
+        "bits_per_byte_all": pooled,
+        "accuracy": by_task,
+        "accuracy_all": binomial([row["score"] for row in items]),
+    }
+    return {**scores, **long_context.summary(passkeys, positions)} if passkeys and positions else scores
+
+
+def bits_per_byte(documents: Sequence[DocumentScore]) -> tuple[dict[str, Ratio], Ratio]:
+    """Returns the bits per byte of each source, and of all of them, which are strata of a stratified ratio."""
     by_source = {
         source: ratio([(row["nll_bits"], row["bytes"]) for row in documents if row["source"] == source])
         for source in sorted({row["source"] for row in documents})
@@ -232,15 +245,7 @@ def summary(
         "documents": len(documents),
         "bytes": size,
     }
-    tasks = sorted({row["task"] for row in items})
-    by_task = {task: binomial([row["score"] for row in items if row["task"] == task]) for task in tasks}
-    scores: ModelScores = {
-        "bits_per_byte": by_source,
-        "bits_per_byte_all": pooled,
-        "accuracy": by_task,
-        "accuracy_all": binomial([row["score"] for row in items]),
-    }
-    return {**scores, **long_context.summary(passkeys, positions)} if passkeys and positions else scores
+    return by_source, pooled
 
 
 STAGE = Stage("evaluate", VERSION, EvaluateConfig, run, **estimates.of_engine(), run_shard=run_shard)

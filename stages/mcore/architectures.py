@@ -118,7 +118,8 @@ def megatron_experts(model: MixtureConfig) -> dict[str, Any]:
         "moe_router_topk": model.num_experts_per_tok,
         "moe_layer_freq": [int(layer in model.routing.layers) for layer in range(model.layers)],
         "moe_router_dtype": "fp32",
-        "moe_router_load_balancing_type": {"batch": "aux_loss", "sequence": "seq_aux_loss"}[model.balance],
+        # "global": RouterWatch gives the loss of a micro-batch the load of a step.
+        "moe_router_load_balancing_type": "seq_aux_loss" if model.balance == "sequence" else "aux_loss",
         "moe_aux_loss_coeff": model.aux_loss,
         "moe_z_loss_coeff": model.z_loss or None,
         "moe_shared_expert_intermediate_size": model.shared_width or None,

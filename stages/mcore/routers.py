@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
+from pipeline.core.errors import AtomError
 from stages.mcore import megatron_compat
 from stages.mcore.megatron_imports import GPTModel, TopKRouter
 from stages.models.base import Routing
@@ -71,10 +73,28 @@ class Experts:
         }
 
 
+def balance_loss(scores: Tensor, load: Tensor, tokens: Tensor) -> Tensor:
+    """Returns this rank's part of the balance loss of a micro-batch under a given load, without its weight.
+
+    It is that of Switch Transformer (Fedus et al., 2022): E times the sum over experts of load times mean score, which
+    is 1 if load or scores are even. The parts of the ranks that share the micro-batch add up to it.
+
+    Args:
+        scores: Scores of this rank's tokens, [tokens, experts], of which each row sums to 1, or to 0 for padding.
+        load: Share of each expert of the assignments, [experts].
+        tokens: Tokens of the micro-batch on all ranks without padding, a scalar.
+    """
+    return scores.shape[1] * (scores.sum(0) @ load) / tokens.clamp(min=1)
+
+
 class RouterWatch:
     """Counts the assignments of the routers in this rank's chunks while gradients are computed.
 
     Counts are exact whole numbers in float64, so every layout computes the same ones.
+
+    With `routing.global_balance` the balance loss of a micro-batch takes the load of experts from the last step that
+    updated weights: all ranks then have the same one from the first micro-batch of a step to the last, and need no
+    further collective for it.
     """
 
     def __init__(self, chunks: Sequence[GPTModel], routing: Routing) -> None:
@@ -82,10 +102,15 @@ class RouterWatch:
         device = next(chunks[0].parameters()).device
         self.counts = torch.zeros(len(routing.layers), routing.experts + 2, dtype=torch.float64, device=device)
         """[layers with experts, experts + 2]: tokens of each expert, sum of entropies, tokens."""
+        self.load = torch.full(self.counts[:, :-2].shape, 1 / routing.experts, device=device)
+        """[layers with experts, experts]: shares of the assignments in the last step that updated weights; before it
+        even, which makes the loss constant."""
         for chunk in chunks:
             for module in chunk.modules():
                 if isinstance(module, TopKRouter):
                     self._hook(module)
+                    if routing.global_balance:
+                        self._balance_by_load(module)
 
     def _hook(self, router: Any) -> None:
         route, sigmoid = router.routing, router.score_function
@@ -110,6 +135,42 @@ class RouterWatch:
             return routed
 
         router.routing = routing
+
+    def _balance_by_load(self, router: Any) -> None:
+        """Replaces the balance loss of a router, which counts the tokens of a micro-batch."""
+        weight, load = router.get_aux_loss_coeff("aux_loss"), self.load[self.routing.layers.index(router.model_layer)]
+
+        def apply_aux_loss(probabilities: Tensor, scores: Tensor, routing_map: Tensor, **_: Any) -> Any:
+            if not weight:
+                return probabilities
+            tokens = routing_map.sum().float() / self.routing.top_k
+            if router.tp_cp_group.size() > 1:  # ranks that share the rows of a micro-batch
+                dist.all_reduce(tokens, group=router.tp_cp_group)
+            loss = weight * balance_loss(scores, load, tokens)
+            return router.attach_and_log_load_balancing_loss(
+                probabilities, weight, loss, "load_balancing_loss", router.tp_cp_group
+            )
+
+        router._apply_aux_loss = apply_aux_loss
+
+    def state(self) -> dict[str, Any]:
+        """Returns what a checkpoint needs to go on: `expert_load`, as nested lists, if the balance loss reads it."""
+        return {"expert_load": self.load.tolist()} if self.routing.global_balance else {}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Restores what `state` returned; without it the load is even.
+
+        Raises AtomError if the load is that of other layers or experts.
+        """
+        load = torch.full_like(self.load, 1 / self.routing.experts)
+        if "expert_load" in state:
+            load = torch.tensor(state["expert_load"])
+        if load.shape != self.load.shape:
+            raise AtomError(
+                f"expert_load in the state of the checkpoint is {tuple(load.shape)}, not {tuple(self.load.shape)} for "
+                "layers and experts of the model; continue from a checkpoint of this model"
+            )
+        self.load.copy_(load)
 
     def collect(self, all_reduce: Any) -> Experts:
         """The counts since the last call. all_reduce: sums a tensor over all ranks, in place."""

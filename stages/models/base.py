@@ -146,6 +146,7 @@ class Routing:
     top_k: int  # experts that a token visits
     layers: Sequence[int]  # that have experts
     z_loss: bool  # whether the routers have a z-loss
+    global_balance: bool = False  # whether the balance loss takes its load from all tokens of a step
 
 
 class ModelConfig(Config, ABC):

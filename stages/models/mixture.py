@@ -53,8 +53,8 @@ class MixtureConfig(ModelConfig):
     """inner width of one expert"""
     aux_loss: LossWeight = 1e-3
     """weight of the load-balancing loss, summed over layers as in Megatron-Core"""
-    balance: Literal["batch", "sequence"] = added("batch")
-    """tokens over which aux_loss balances experts: those of a micro-batch or of each row"""
+    balance: Literal["batch", "sequence", "global"] = added("batch")
+    """tokens over which aux_loss balances experts: those of a micro-batch, of each row, or of a whole step"""
     z_loss: LossWeight = added(0.0)
     """weight of the router z-loss (ST-MoE), the squared log-sum-exp of its logits; 0: off"""
     dense_layers: Annotated[int, Range(0, 1023)] = added(0)
@@ -102,7 +102,8 @@ class MixtureConfig(ModelConfig):
 
     @property
     def routing(self) -> Routing:
-        return Routing(self.experts, self.num_experts_per_tok, range(self.dense_layers, self.layers), self.z_loss > 0)
+        layers, is_global = range(self.dense_layers, self.layers), self.balance == "global"
+        return Routing(self.experts, self.num_experts_per_tok, layers, self.z_loss > 0, is_global)
 
     def mlp_shapes(self, layer: int) -> Shapes:
         hidden = self.hidden_size

@@ -239,6 +239,8 @@ class Engine:
         _, norm, _ = self.optimizer.step()
         self._is_stale = self.layout.overlap_weights
         self.step_done += 1
+        if self.routers and router:
+            self.routers.load.copy_(router.experts.share)
         if not norm_first:
             check_update(loss, float(norm))
         return StepFigures(loss, float(norm), router, extras=extras)
@@ -421,13 +423,24 @@ class Engine:
         for name, buffer in ({} if self.lora else self.buffers).items():
             yield Piece(name, boxes(name, self.shapes[name]), 0, buffer.numel()), buffer
 
-    def load_state(self, read: Callable[[str, Piece], Tensor], step: int, moments: bool = True) -> None:
+    def router_state(self) -> dict[str, Any]:
+        """What the routers need to go on beside the tensors: entries of state.json, the same on every rank."""
+        return self.routers.state() if self.routers else {}
+
+    def load_state(
+        self,
+        read: Callable[[str, Piece], Tensor],
+        step: int,
+        moments: bool = True,
+        state: Mapping[str, Any] | None = None,
+    ) -> None:
         """Loads weights and, if `moments`, the optimizer's states and step count.
 
         Args:
             read: ("weight" or the name of a state, piece) -> the flat fp32 values of that piece.
             step: Updates that the optimizer has made.
             moments: False leaves the optimizer as it is.
+            state: The state.json of the checkpoint, whose entries of `router_state` are restored; None for a beginning.
 
         The step count is in Megatron's parameter groups, which differ in number between layouts (experts have
         their own under expert parallelism), so it is set in each instead of being merged.
@@ -448,6 +461,8 @@ class Engine:
             part._copy_main_params_to_model_params()
         for chunk in self.ddp:
             chunk.start_param_sync(force_sync=True)
+        if self.routers:
+            self.routers.load_state(state or {})
         # Without the moments a new optimizer begins, whose updates count from 0.
         self.step_done = step if moments else 0
 

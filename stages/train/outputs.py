@@ -33,6 +33,8 @@ class State(TypedDict):
     """of phases that read text: `tokenizer` in the `meta.json` of the tokens"""
     rl: NotRequired[dict[str, Any]]
     """of the other phases: the state of the curriculum"""
+    expert_load: NotRequired[list[list[float]]]
+    """with `balance: global`: shares of the experts in the last update, `[layer with experts][expert]`"""
 
 
 class Summary(TypedDict):

@@ -4,29 +4,35 @@
 
 Each reads the rows of pre-training in their order, so that its losses compare with those of the model step by step, and
 anybody can train it again from the published order on a machine that the model would not fit.
+
+A twin is a dense one that needs as many training FLOPs as a model with experts. It is the baseline of experts, and so
+it is exported and evaluated as the model after pre-training is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field, ValidationError
 
-from pipeline.core.bounds import Settings, Words
+from pipeline.core.bounds import Flag, Settings, Words
 from pipeline.core.stage import Config, Inputs, Report, added, operational
 from stages.mcore.optimizer import Optimizer
 from stages.models.base import ModelConfig
+from stages.models.grouped_query import Qwen3Config
 from stages.models.parallel_layout import Layout
-from stages.models.registry import parse
+from stages.models.registry import ARCHITECTURES, DEFAULT, parse
 from stages.train import pretrain
 from stages.train.config import PhaseConfig, TrainConfig
 
 NAME = "size"
 """The stage, and the first part of the names of its nodes: size-1, size-2, …"""
 VERSION = 2
+TWIN_TOLERANCE = 0.02
+"""Largest difference of a twin's training FLOPs from those of the model, as a part of these."""
 
 
 class SmallerModel(Config):
@@ -36,6 +42,8 @@ class SmallerModel(Config):
     """the settings of the section model that differ"""
     optimizer: Optimizer | None = added(None)
     """optimizer and its learning-rate schedule; null: as in pretrain"""
+    twin: Flag = added(False)
+    """require a dense model with the training FLOPs of the model, within 2 %, and evaluate it beside the base model"""
     parallelism: Layout = operational(Layout())
     """distribution of its training over processes"""
 
@@ -45,11 +53,21 @@ class SmallerModel(Config):
         Raises ValidationError for settings that the architecture refuses.
         """
         whole = model.with_rope(phase.rope, model.context_length)
-        smaller = parse(whole.model_dump(mode="json") | self.model)
+        smaller = with_settings(whole.model_dump(mode="json"), self.model)
         changes: dict[str, Any] = {"release_checkpoint_interval": phase.steps, "parallelism": self.parallelism}
         if self.optimizer is not None:
             changes["optimizer"] = self.optimizer
         return smaller, phase.model_copy(update=changes)
+
+
+def with_settings(model: Mapping[str, Any], settings: Mapping[str, Any]) -> ModelConfig:
+    """Returns the model of a section with some settings replaced; another architecture keeps those that it has, too.
+
+    Raises ValidationError for settings that the architecture refuses.
+    """
+    name = settings.get("architecture", model.get("architecture", DEFAULT))
+    fields = ARCHITECTURES[name].model_fields if name in ARCHITECTURES else model
+    return parse({key: value for key, value in model.items() if key in fields} | dict(settings))
 
 
 Sizes = Annotated[tuple[SmallerModel, ...], Field(max_length=16)]
@@ -95,6 +113,25 @@ def problems(
             continue
         if (total := smaller.parameters(vocabulary)["total"]) >= whole:
             yield f"sizes.{number} has {total} parameters, and the model {whole}; name settings that make it smaller"
+        elif size.twin:
+            yield from _problems_of_twin(f"sizes.{number}", smaller, model, vocabulary, phase.sequence_length)
+
+
+def _problems_of_twin(
+    place: str, twin: ModelConfig, model: ModelConfig, vocabulary: int, sequence_length: int
+) -> Iterator[str]:
+    if not isinstance(twin, Qwen3Config) or model.routing is None:
+        yield f"{place}.twin = true is for a model of architecture qwen3 beside one with experts; leave twin out"
+        return
+    flops, of_model = (each.flops_per_token(vocabulary, sequence_length) for each in (twin, model))
+    if abs(flops / of_model - 1) > TWIN_TOLERANCE:
+        wider = twin.model_copy(update={"intermediate_size": twin.intermediate_size + 1})
+        by_width = wider.flops_per_token(vocabulary, sequence_length) - flops
+        nearest = max(1, twin.intermediate_size + round((of_model - flops) / by_width))
+        yield (
+            f"{place} needs {flops / 1e9:.4g} GFLOP for a token and the model {of_model / 1e9:.4g}; those of a twin "
+            f"differ by at most {TWIN_TOLERANCE:.0%}; nearest: intermediate_size = {nearest}"
+        )
 
 
 class SizeConfig(TrainConfig):

@@ -278,6 +278,7 @@ class Trainer(ABC):
             "lr": self.last_learning_rate(step),
             "rng": self.rng,
             "config": identity(self.config),
+            **self.engine.router_state(),  # type: ignore[typeddict-item]
             **self.state(step),  # type: ignore[typeddict-item]
         }
         # The lines before a checkpoint have to be on the disk before the checkpoint states their size.

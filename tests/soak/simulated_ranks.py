@@ -103,7 +103,7 @@ GROUPS: dict[str, tuple[Any, ...]] = {"n_shared_experts": (1, 2), "routed_scalin
 ARCHITECTURES: dict[str, dict[str, tuple[Any, ...]]] = {
     "qwen3": MODEL | {"intermediate_size": (512, 2048, 4096)},
     "qwen3_moe": MODEL | EXPERTS | DENSE | {
-        "balance": ("batch", "batch", "sequence"),
+        "balance": ("batch", "global", "sequence"),
     },
     "deepseek_v3": {name: MODEL[name] for name in ("layers", "hidden_size", "heads", "tie_embeddings")}
     | EXPERTS | DENSE | GROUPS | {

@@ -86,7 +86,8 @@ class Origin:
         folder = self.artifact / self.subfolder
         weights = release_checkpoint.Tensors(folder, progress=self.progress)
         check_tensors(engine.shapes, weights.shapes(), self.artifact.key)
-        optimizer_steps = int(release_checkpoint.load_state(folder)["optimizer_step"]) if moments else 0
+        state = release_checkpoint.load_state(folder) if moments else {"optimizer_step": 0}
+        optimizer_steps = int(state["optimizer_step"])
         states: Mapping[str, Tensor] = {}
         if optimizer_steps:
             states = release_checkpoint.Tensors(folder, release_checkpoint.OPTIMIZER, self.progress)
@@ -95,4 +96,4 @@ class Origin:
             full = weights[piece.name] if kind == "weight" else states[f"{kind}.{piece.name}"]
             return cut(full, piece.boxes).flatten()[piece.start : piece.stop]
 
-        engine.load_state(read, optimizer_steps, moments)
+        engine.load_state(read, optimizer_steps, moments, state)

@@ -315,13 +315,13 @@ class Checkpoints:
             damage = find_damage(self.ranks, folder, partial(self._find_damage, folder))
             if damage is None:
                 marker = read_marker(folder)
-                optimizer_steps = int(marker["state"]["optimizer_step"])
-                self.engine.load_state(ShardReader(folder, marker["files"], self.progress).read, optimizer_steps)
+                state: dict[str, Any] = marker["state"]
+                read = ShardReader(folder, marker["files"], self.progress).read
+                self.engine.load_state(read, int(state["optimizer_step"]), state=state)
                 # A kill may have come between the work checkpoint and its release checkpoint.
                 lacks_release = self.ranks.first and self._take_over(folder, marker, is_release_step)
                 if self.ranks.from_first(lacks_release):
                     self._start(folder, partial(self._seal, folder))
-                state: dict[str, Any] = marker["state"]
                 return state
             if damage != INCOMPLETE:
                 # An incomplete one is what every kill leaves, and no damage.
@@ -349,9 +349,8 @@ class Checkpoints:
                 continue
             marker = read_marker(folder)
             state: dict[str, Any] = marker["state"]
-            self.engine.load_state(
-                ShardReader(folder, marker["files"], self.progress).read, int(state["optimizer_step"])
-            )
+            read = ShardReader(folder, marker["files"], self.progress).read
+            self.engine.load_state(read, int(state["optimizer_step"]), state=state)
             if self.ranks.first:
                 # A superseded attempt must not remove checkpoints that its successor may load.
                 self._require_present()

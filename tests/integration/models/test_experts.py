@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline.core.store import Artifact
+from pipeline.core.errors import AtomError
+from pipeline.core.store import Artifact, no_progress, write_manifest
 from stages.mcore.routers import DEAD_SHARE, Experts
 from stages.train import parallel
+from stages.train.checkpoint.load_checkpoint import Origin
 from stages.train.config import TrainConfig
 from stages.train.data import Order, RankBatch, Shards
 from stages.train.engine import Engine
@@ -112,14 +114,30 @@ def test_biases_even_out_the_load_without_a_loss(corpus: Path) -> None:
         assert torch.allclose(bias / 0.02, (bias / 0.02).round(), atol=1e-3), "by one rate a step, up or down"
 
 
-def test_biases_are_kept_and_taken_over(corpus: Path, tmp_path: Path) -> None:
+def test_biases_and_the_load_are_kept_and_taken_over(corpus: Path, tmp_path: Path) -> None:
     settings = train_fixtures.config(precision="bf16")
-    settings["model"] = {**train_fixtures.SIGMOID, "router_bias_update_rate": 0.02}
+    settings["model"] = {**train_fixtures.SIGMOID, "router_bias_update_rate": 0.02, "balance": "global"}
     train_fixtures.pretrain(corpus, tmp_path / "work", tmp_path / "out", settings)
     with pytest.raises(KeyboardInterrupt):
         train_fixtures.pretrain(corpus, tmp_path / "w2", tmp_path / "o2", settings, train_fixtures.Reporter(7, 15))
     train_fixtures.pretrain(corpus, tmp_path / "w2", tmp_path / "o3", settings)
     assert train_fixtures.digest(tmp_path / "o3") == train_fixtures.digest(tmp_path / "out")
+    load = json.loads((tmp_path / "out/step-000012/state.json").read_text())["expert_load"]
+    lines = [json.loads(x) for x in (tmp_path / "out/training.jsonl").read_text().splitlines()]
+    share = [x["experts"]["share"] for x in lines if "experts" in x][-1]
+    assert [[round(x, 6) for x in row] for row in load] == share != [[0.25] * 4] * 2
+    config, product = (
+        TrainConfig.model_validate(settings),
+        write_manifest(tmp_path / "out/step-000012", "pretrain@12-test"),
+    )
+    with parallel.session(0) as ranks:
+        engine = Engine(config, ranks, train_fixtures.VOCAB)
+        Origin(product, "", no_progress).load(engine, config, "")
+        assert engine.router_state() == {"expert_load": load}, "a phase that continues"
+        Origin(product, "", no_progress).load_weights(engine)
+        assert engine.router_state() == {"expert_load": [[0.25] * 4] * 2}, "the next phase"
+        with pytest.raises(AtomError, match="expert_load in the state of the checkpoint is \\(1, 4\\), not \\(2, 4\\)"):
+            engine.routers.load_state({"expert_load": load[:1]})
     from safetensors.torch import load_file
 
     biases = [

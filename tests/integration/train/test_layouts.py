@@ -1,7 +1,8 @@
 """Any layout trains the same model, and a work checkpoint of one goes on in another.
 
-The aux loss is that of a micro-batch. A micro-batch's size stands in the recipe and layouts only deal whole ones to
-their ranks, so it is the same sum in each of them and is compared like the rest.
+The aux loss is that of a micro-batch, of a row, or of a whole step under the load of the step before. A micro-batch's
+size stands in the recipe and layouts only deal whole ones to their ranks, so it is the same sum in each of them and is
+compared like the rest.
 """
 
 from __future__ import annotations
@@ -34,10 +35,26 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+BALANCED: dict[int, dict[str, dict]] = {
+    2: {"DP2": {}},
+    4: {"EP2xDP2, recomputed": {"ep": 2, "recompute": "layer"}, "TP2xCP2": {"tp": 2, "cp": 2}},
+}
+"""Layouts that also train with the balance loss over a step, by number of ranks."""
+
+
+def runs_of(corpus: Path, ranks: int, layouts: dict, balanced: dict) -> dict[str, tuple[Path, dict]]:
+    """Runs of the model, and under names that begin with "global" those with the balance loss over a step."""
+    settings = layout_fixtures.settings_of({}, 1)
+    by_step = {**settings, "model": {**settings["model"], "balance": "global"}}
+    runs = {name: layout_fixtures.in_layout(settings, layout, ranks) for name, layout in layouts.items()}
+    runs |= {f"global {name}": layout_fixtures.in_layout(by_step, layout, ranks) for name, layout in balanced.items()}
+    return {name: (corpus, run) for name, run in runs.items()}
+
+
 @pytest.fixture(scope="module")
-def one(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, float]]:
+def one(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, float]]]:
     out = tmp_path_factory.mktemp("one") / "out.json"
-    return layout_fixtures.compare(corpus, {"one": {}}, 1, layout_fixtures.settings_of({}, 1), out)["one"]
+    return layout_fixtures.compare_runs(runs_of(corpus, 1, {"one": {}}, {"one": {}}), 1, out)
 
 
 @pytest.mark.numeric
@@ -49,16 +66,20 @@ def one(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str
     ],
 )
 def test_every_layout_trains_like_one_process(
-    corpus: Path, one: list[dict[str, float]], tmp_path: Path, ranks: int, chosen: dict
+    corpus: Path, one: dict[str, list[dict[str, float]]], tmp_path: Path, ranks: int, chosen: dict
 ) -> None:
-    curves = layout_fixtures.compare(corpus, chosen, ranks, layout_fixtures.settings_of({}, 1), tmp_path / "out.json")
-    assert set(curves) == set(chosen)
+    runs = runs_of(corpus, ranks, chosen, BALANCED[ranks])
+    curves = layout_fixtures.compare_runs(runs, ranks, tmp_path / "out.json")
+    assert set(curves) == set(runs)
     model = Qwen3MoeConfig(**layout_fixtures.MODEL)
     initial = Initial(model.shapes(train_fixtures.VOCAB), model, 0)
     exported = dict(to_hf(initial, model, train_fixtures.VOCAB))
+    pairs = zip(one["one"][1:5], one["global one"][1:5], strict=True)
+    assert all(a["aux_loss"] != pytest.approx(b["aux_loss"], rel=1e-4) for a, b in pairs), "the scopes differ"
     for name, steps in curves.items():
         assert len(steps) == 6
-        layout_fixtures.agree(steps, one, TOLERANCE, name)
+        reference = one["global one" if name.startswith("global") else "one"]
+        layout_fixtures.agree(steps, reference, TOLERANCE, name)
         # each rank wrote some of a sampler's weights, which are together those of the export
         (folder,) = (tmp_path / f"weights of {name}").iterdir()
         assert len(list(atom_index.tensors(folder, steps[-1]["policy"]))) >= len(exported)
@@ -79,7 +100,7 @@ FEATURES: dict[str, tuple[dict, dict, float]] = {
         TOLERANCE,
     ),
     "packed, padded vocabulary, sliced loss": (
-        {"yarn": {"factor": 4.0, "original_length": 16}},
+        {"yarn": {"factor": 4.0, "original_length": 16}, "balance": "global"},
         {"pack": True},
         TOLERANCE,
     ),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,6 +30,8 @@ from release.opened_release import Release
 from release.prediction import sealing
 from release.tracing import documents
 from release.tracing.release_data import ReleaseData
+from stages.evaluation.bits_per_byte import DOCUMENT_SCORES
+from stages.formats.table import write_rows
 from stages.models.registry import parse
 from tests.fixtures import ROOT, release_fixtures, train_fixtures
 from tests.fixtures.replay_fixtures import build
@@ -81,12 +84,33 @@ def test_sizes_read_the_order_of_pretraining_and_change_no_key(tmp_path: Path) -
         ([{"model": {"hiden_size": 32}}], r"sizes\.0\.model\.hiden_size: Extra inputs are not permitted; correct it"),
         ([{"model": {"hidden_size": 32, "experts": "many"}}], r"sizes\.0\.model\.experts: "),
         ([{"hidden_size": 32}], r"sizes\.0\."),
+        (
+            [{"model": {"architecture": "qwen3", "intermediate_size": 100}, "twin": True}],
+            r"sizes\.0 needs 0\.0008202 GFLOP for a token and the model 0\.0008878; .* by at most 2%; nearest: "
+            r"intermediate_size = 129$",
+        ),
+        ([{"model": {"hidden_size": 32}, "twin": True}], r"sizes\.0\.twin = true is for a model of architecture qwen3"),
+        ([{"model": {"architecture": "qwen4"}}], r"sizes\.0\.model: .*architecture = 'qwen4' is unknown"),
     ],
 )
 def test_a_section_that_contradicts_the_recipe_is_refused(tmp_path: Path, sizes: Any, sentence: str) -> None:
     with pytest.raises(RecipeError, match=sentence) as caught:
         graph(recipe(tmp_path, sizes))
     assert "\n" not in str(caught.value)
+
+
+def test_a_twin_is_dense_and_evaluated_like_the_base_model(tmp_path: Path) -> None:
+    dense = {"model": {"architecture": "qwen3", "intermediate_size": 129}}
+    nodes = graph(recipe(tmp_path, [dense, {**dense, "twin": True}])).nodes
+    assert [*nodes][-4:] == ["size-1", "size-2", "size-2-export", "size-2-scores"]
+    assert nodes["size-1"].config.model == nodes["size-2"].config.model
+    models: Any = [nodes[name].config.model for name in ("size-2", "pretrain")]
+    flops = [model.flops_per_token(320, 64) for model in models]
+    assert models[0].routing is None and flops[0] == pytest.approx(flops[1], rel=0.02)
+    assert nodes["size-2-export"].inputs == {"tokenizer": "tokenizer", "checkpoint": "size-2"}
+    scores, base = nodes["size-2-scores"], nodes["evaluate-base"]
+    assert scores.inputs == {**base.inputs, "model": "size-2-export"}
+    assert identity(scores.config) == identity(base.config)
 
 
 def test_sizes_need_the_whole_of_pretraining(tmp_path: Path) -> None:
@@ -193,6 +217,46 @@ def change_statement(name: str, change: Callable[[Any], object]) -> Callable[[Pa
                 path.write_text(json.dumps(body))
 
     return apply
+
+
+def score(release: Path, model: str, bits: list[float], size: int = 100) -> None:
+    """Writes the scores of documents of a model."""
+    folder = release / "dataset/evaluation" / model
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = [
+        {"source": "text", "id": str(number), "bytes": size, "tokens": 50, "nll_bits": nll}
+        for number, nll in enumerate(bits)
+    ]
+    write_rows(folder / "documents.parquet", DOCUMENT_SCORES, rows)
+
+
+def test_a_twin_is_compared_with_the_base_model_on_the_same_documents(evidence: Path, tmp_path: Path) -> None:
+    shutil.copytree(evidence / "evidence", tmp_path / "evidence")
+    disagreement = (
+        "evidence/recipe.json and dataset/evaluation disagree: size-1 is a twin there, or has scores here, but not both"
+    )
+    score(tmp_path, "base", [200.0, 300.0, 250.0])
+    score(tmp_path, "size-1", [210.0, 312.0, 263.0])
+    problems = check_of_sizes.sizes(Release(tmp_path)).problems
+    assert problems == [disagreement]
+    change_json(RECIPE, lambda body: body["sizes"][0].update(twin=True))(tmp_path)
+    release = Release(tmp_path)
+    assert not check_of_sizes.sizes(release).problems
+    base, twin, other = release.sizes
+    assert base.bits is not None and base.bits["value"] == 2.5 and other.bits is None
+    assert twin.difference is not None and twin.difference["value"] == pytest.approx(35 / 300)
+    # differences of 10, 12 and 13 bits in 100 bytes each: their standard deviation over the root of three documents
+    assert twin.difference["se"] == pytest.approx(statistics.stdev([0.10, 0.12, 0.13]) / 3**0.5)
+    row = tables.twins(release.sizes)[-1]
+    assert "| `size-1` | 20,000 |" in row and "| 2.617±0.295 | +0.117 (+0.099 to +0.134) |" in row
+    assert tables.twins([base, other]) == tables.twins([]) == []
+
+    score(tmp_path, "size-1", [210.0, 312.0, 263.0], size=99)
+    problems = check_of_sizes.sizes(Release(tmp_path)).problems
+    assert problems == ["dataset/evaluation/size-1 is of other documents than dataset/evaluation/base"]
+    shutil.rmtree(tmp_path / "dataset/evaluation/size-1")
+    problems = check_of_sizes.sizes(Release(tmp_path)).problems
+    assert problems == [disagreement]
 
 
 SUMMARY = "evidence/training/size-1/summary.json"

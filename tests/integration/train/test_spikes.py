@@ -65,9 +65,10 @@ def plant(folder: Path, *steps: int) -> Path:
 
 def run(corpus: Path, folder: Path, report: train_fixtures.Reporter | None = None, **phase: Any) -> Path:
     """Trains; gives the product's folder."""
-    train_fixtures.pretrain(
-        corpus, folder / "work", folder / "out", train_fixtures.config(**{**PHASE, **phase}), report
-    )
+    settings = train_fixtures.config(**{**PHASE, **phase})
+    # A refused step must not count, and a rewind must take the load of experts back with the weights.
+    settings["model"] = {**settings["model"], "balance": "global"}
+    train_fixtures.pretrain(corpus, folder / "work", folder / "out", settings, report)
     return folder / "out"
 
 
