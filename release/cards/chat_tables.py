@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping
 
 from pipeline.core.text import escaped
@@ -46,6 +47,36 @@ def answers(scores: Mapping[str, AnswerScores]) -> list[str]:
     body.sort(key=lambda row: kinds.index(row[0]))
     head = ["kind", "model after", "items", "greedy", "pass@1", f"pass@{most_drawn}"]
     return table([*head, "tokens", "cut off", "with reasoning"], body)
+
+
+def sharpening(scores: Mapping[str, AnswerScores]) -> list[str]:
+    """Returns pass@k of the models before and after reinforcement learning by k, and the change, for each kind."""
+    measured: dict[str, dict[str, dict[str, Mean]]] = {}
+    for name, model_scores in scores.items():
+        for kind, part in {**model_scores["problems"], "all problems": model_scores["problems_all"]}.items():
+            if part and "at_subset" in part:
+                by_k = {k: several["pass"] for k, several in part["at_subset"].items()}
+                measured.setdefault(kind, {})[name] = by_k
+    body, most_drawn = [], list[str]()
+    for kind, models in measured.items():
+        rows = {title(name): by_k for name, by_k in models.items()}
+        if len(models) == 2:
+            old, new = models.values()
+            # Both models answer the same problems, so the error of independent ones is not too small.
+            rows["change"] = {
+                k: {**new[k], "value": new[k]["value"] - old[k]["value"], "se": math.hypot(old[k]["se"], new[k]["se"])}
+                for k in new
+            }
+        for label, by_k in rows.items():
+            most_drawn = max(most_drawn, list(by_k), key=len)
+            body.append([kind, label, str(by_k["1"]["n"]), *map(_value, by_k.values())])
+    sentence = (
+        "The same problems, answered many times at temperature 1. Training that only sharpens raises the chance that "
+        "one answer is right (pass@1), and not that one of many is (pass@k with a large k): the right answers were "
+        "there. Training by which a model learns to solve further problems raises both. Standard errors are over "
+        "problems."
+    )
+    return explained_table(sentence, ["kind", "model after", "items", *(f"pass@{k}" for k in most_drawn)], body)
 
 
 def wins(preferences: Mapping[str, ComparisonScores]) -> list[str]:

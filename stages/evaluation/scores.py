@@ -23,6 +23,21 @@ VERDICTS = ("clean", "overlap", "contaminated")
 HarnessScores = dict[str, dict[str, dict[str, Mean]]]
 
 
+class ContextGain(TypedDict):
+    """Bits per byte of the same bytes with a short and a long context, and the difference within documents.
+
+    Attributes:
+        short_tokens: Most tokens of the short context, with the scored one.
+        tokens: Tokens of a document.
+    """
+
+    short_tokens: int
+    tokens: int
+    short: Ratio
+    long: Ratio
+    gain: Ratio
+
+
 class LongContextScores(TypedDict, total=False):
     """The scores on long texts, if the recipe measures them.
 
@@ -30,11 +45,28 @@ class LongContextScores(TypedDict, total=False):
         passkey: Share of keys found, by length of the text.
         passkey_by_depth: The same by length and depth.
         loss_by_position: Bits per token by `first-last`.
+        context: Gain from a long context on the same bytes.
     """
 
     passkey: dict[str, Mean]
     passkey_by_depth: dict[str, dict[str, Mean]]
     loss_by_position: dict[str, Ratio]
+    context: ContextGain
+
+
+class Proportion(Mean):
+    """A share, with Wilson's 95 % interval from `low` to `high`."""
+
+    low: float
+    high: float
+
+
+class ItemScores(TypedDict):
+    """The share of right answers to items of one kind, that of a byte n-gram model, and that of a guess."""
+
+    accuracy: Proportion
+    baseline: Proportion
+    chance: float
 
 
 class ModelScores(LongContextScores):
@@ -43,12 +75,14 @@ class ModelScores(LongContextScores):
     Attributes:
         bits_per_byte: Bits per byte by source.
         accuracy: Accuracy by task.
+        text_items: Scores of items of held-out text by kind, if the recipe has some.
     """
 
     bits_per_byte: dict[str, Ratio]
     bits_per_byte_all: Ratio
     accuracy: dict[str, Mean]
     accuracy_all: Mean
+    text_items: NotRequired[dict[str, ItemScores]]
     engine: NotRequired[str]
 
 
@@ -71,11 +105,13 @@ class ProblemScores(TypedDict):
 
     Attributes:
         at: Scores of several answers, by k.
+        at_subset: The same on the problems with further answers, up to a larger k.
     """
 
     greedy: AnswerStatistics
     samples: AnswerStatistics
     at: dict[str, SeveralAnswers]
+    at_subset: NotRequired[dict[str, SeveralAnswers]]
 
 
 class AnswerScores(TypedDict):
@@ -98,13 +134,6 @@ def pass_at_1(scores: Mapping[str, AnswerScores]) -> dict[str, Mean]:
     """
     totals = {name: model_scores["problems_all"] for name, model_scores in scores.items()}
     return {name: total["samples"]["accuracy"] for name, total in totals.items() if total}
-
-
-class Proportion(Mean):
-    """A share, with Wilson's 95 % interval from `low` to `high`."""
-
-    low: float
-    high: float
 
 
 class SideScores(TypedDict):
