@@ -29,7 +29,7 @@ from release.facts.score_facts import (
 )
 from release.opened_release import Release
 from stages import scorers
-from stages.evaluation.text_items import is_right
+from stages.evaluation.text_items import COMPLETION, is_right
 from stages.formats.table import read_jsonl
 
 MAX_CONTAMINATED = 0.05
@@ -69,14 +69,14 @@ def _text_item_problems(evaluation: Path) -> Iterator[str]:
 
     The items of a document that was taken back are no longer there.
     """
-    path = evaluation / TEXT_ITEMS / "items.parquet"
+    path = evaluation / TEXT_ITEMS / "questions.parquet"
     items = {(row["id"], row["kind"]): row for row in stream_rows(path)} if path.exists() else {}
     for table in sorted(evaluation.glob(f"*/{TEXT_ITEMS}.parquet")):
         for row in stream_rows(table):
             if (item := items.get((row["id"], row["kind"]))) is None:
                 continue
             # Whether a line parses depends on the version of Python, so that is not judged again.
-            score = row["score"] if row["kind"] == "completion" else is_right(item, row["output"])
+            score = row["score"] if row["kind"] == COMPLETION else is_right(item, row["output"])
             if (row["baseline"], row["score"]) != (item["baseline"], score):
                 yield f"evaluation/{table.parent.name}/{table.name}: {row['id']} of {row['kind']} was judged otherwise"
 

@@ -251,7 +251,7 @@ def summary(
         "accuracy_all": binomial([row["score"] for row in items]),
     }
     if passkeys and positions:
-        scores |= long_context.summary(passkeys, positions, contexts)
+        scores = {**scores, **long_context.summary(passkeys, positions, contexts)}
     if of_items:
         scores["text_items"] = text_items.summary(of_items)
     return scores

@@ -129,7 +129,7 @@ class EvaluationSection(Config):
         """
         documents = count(sources * self.heldout_documents, ROWS_PER_BATCH)
         long = 0 if self.context is None else self.context.pieces
-        items = 0 if self.text_items is None else count(self.text_items.items, ROWS_PER_BATCH)
+        items = 0 if self.text_items is None else count(sum(self.text_items.kinds.values()), ROWS_PER_BATCH)
         return documents + count(sum(self.problems.values()), ROWS_PER_BATCH) + long + items
 
 

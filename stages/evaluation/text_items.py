@@ -16,15 +16,15 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypedDict
+from typing import Annotated, Any, TypedDict
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from pipeline.core.bounds import MOST_SOURCES, Range, SourceName
+from pipeline.core.bounds import MOST_SOURCES, Range, SourceName, Words
 from pipeline.core.errors import AtomError
 from pipeline.core.stage import Config, Estimate, Inputs, Report, Stage, added
 from stages.confidence import binomial, wilson
@@ -43,6 +43,10 @@ ORDER = 5
 BASELINE_BYTES = 2**25
 # Tokens and bytes of the longest line that completes a program.
 LINE_TOKENS, LINE_BYTES = 32, 80
+COMPLETION = "completion"
+KNOWN = f"{', '.join(item_makers.BEFORE)}, {COMPLETION} and retrieval-<bytes>"
+PATTERN = "|".join([*item_makers.BEFORE, COMPLETION, "retrieval-[1-9][0-9]{0,4}"])
+Kind = Annotated[str, Words(40, f"kind of items; known are {KNOWN}", PATTERN)]
 Bytes = Annotated[int, Range(8, 2**16)]
 Place = Annotated[int, "int8"]
 
@@ -50,35 +54,18 @@ Place = Annotated[int, "int8"]
 class TextItems(Config):
     """Evaluation items that are made of held-out text."""
 
-    kinds: Annotated[
-        dict[Literal["words", "lines", "options", "retrieval", "completion"], Annotated[int, Range(2, 1e5)]],
-        Field(min_length=1),
-    ]
-    """maximum number of items by kind; of `retrieval` at each distance"""
+    kinds: Annotated[dict[Kind, Annotated[int, Range(2, 1e5)]], Field(min_length=1, max_length=32)]
+    """maximum number of items by kind: words, lines, options, completion, and retrieval-<bytes> for a key that is
+    stated so many bytes before"""
     prefix_bytes: Bytes = 256
-    """maximum bytes of the beginning of an item; of `retrieval` the distance counts instead"""
+    """maximum bytes of the beginning of an item; of retrieval the distance counts instead"""
     choice_bytes: Bytes = 32
-    """bytes of each of the four continuations of `words`, `lines` and `options`"""
-    distances: Annotated[tuple[Bytes, ...], Field(max_length=16)] = ()
-    """bytes between a key and the question for it, for `retrieval`"""
-
-    @model_validator(mode="after")
-    def _effective(self) -> TextItems:
-        if ("retrieval" in self.kinds) != bool(self.distances):
-            raise ValueError("distances and kinds.retrieval need each other; set both or neither")
-        return self
-
-    @property
-    def items(self) -> int:
-        """Items of all kinds, at most."""
-        counts: dict[str, int] = dict(self.kinds)
-        return sum(counts.values()) + counts.get("retrieval", 0) * (len(self.distances) - 1)
+    """bytes of each of the four continuations of words, lines and options"""
 
     @property
     def tokens(self) -> int:
-        """Tokens that a model reads, at most; no text has more tokens than bytes."""
-        longest = max(self.prefix_bytes, *self.distances, 0) + self.choice_bytes
-        return self.items * CHOICES * longest
+        """Tokens that a model reads, about; no text has more tokens than bytes."""
+        return sum(self.kinds.values()) * CHOICES * (self.prefix_bytes + self.choice_bytes)
 
 
 class TextItemsConfig(TextItems):
@@ -94,7 +81,7 @@ class TextItem(TypedDict):
     id: String
     """id of the document"""
     kind: String
-    """`words`, `lines`, `options`, `retrieval-<distance>` or `completion`"""
+    """`words`, `lines`, `options`, `retrieval-<bytes>` or `completion`"""
     source: String
     """source of the document"""
     prefix: String
@@ -132,7 +119,7 @@ ITEMS, ANSWERS = columns_of(TextItem), columns_of(TextAnswer)
 def run(config: TextItemsConfig, inputs: Inputs, work: Path, out: Path, report: Report) -> None:
     """Makes items of the held-out documents of inputs["dedup"], and answers them with an n-gram model.
 
-    Seals `items.parquet`. In memory are the held-out text, bounded by `heldout_texts`, and the n-gram model of at most
+    Seals `questions.parquet`. In memory are the held-out text, bounded by `heldout_texts`, and an n-gram model of about
     BASELINE_BYTES of text.
 
     Raises:
@@ -141,8 +128,8 @@ def run(config: TextItemsConfig, inputs: Inputs, work: Path, out: Path, report: 
     kept = inputs["dedup"] / "kept"
     documents = [document for document in heldout_texts(kept) if document["source"] not in config.without]
     items: list[TextItem] = []
-    for kind, limit, make in _makers(config):
-        made = list(islice(_made(kind, make, documents), limit))
+    for kind, limit in sorted(config.kinds.items()):
+        made = list(islice(_made(kind, _maker(kind, config), documents), limit))
         if len(made) < 2:
             raise AtomError(
                 f"text-items: the held-out documents give {len(made)} items of kind {kind}, and two are needed for an "
@@ -159,22 +146,19 @@ def run(config: TextItemsConfig, inputs: Inputs, work: Path, out: Path, report: 
         else:
             item["baseline_output"] = _greedy_line(ngrams, prefix)
         item["baseline"] = is_right(item, item["baseline_output"])
-    write_rows(out / "items.parquet", ITEMS, items)
+    write_rows(out / "questions.parquet", ITEMS, items)
 
 
 Make = Callable[[bytes, random.Random], item_makers.Item | None]
 
 
-def _makers(config: TextItems) -> Iterator[tuple[str, int, Make]]:
-    """Yields the name of each kind, the maximum number of its items, and the function that makes one."""
-    size = {"prefix_bytes": config.prefix_bytes}
-    for kind, limit in sorted(config.kinds.items()):
-        if before := item_makers.BEFORE.get(kind):
-            yield kind, limit, partial(from_document, before=before, choice_bytes=config.choice_bytes, **size)
-        elif kind == "completion":
-            yield kind, limit, partial(completion, **size)
-        else:
-            yield from ((f"{kind}-{n}", limit, partial(retrieval, distance=n)) for n in config.distances)
+def _maker(kind: str, config: TextItems) -> Make:
+    """Returns the function that makes an item of that kind."""
+    if before := item_makers.BEFORE.get(kind):
+        return partial(from_document, before=before, prefix_bytes=config.prefix_bytes, choice_bytes=config.choice_bytes)
+    if kind == COMPLETION:
+        return partial(completion, prefix_bytes=config.prefix_bytes)
+    return partial(retrieval, distance=int(kind.partition("-")[2]))
 
 
 def _made(kind: str, make: Make, documents: Sequence[HeldoutDocument]) -> Iterator[TextItem]:
@@ -199,21 +183,19 @@ def _made(kind: str, make: Make, documents: Sequence[HeldoutDocument]) -> Iterat
 
 
 def _training_text(kept: Path, sources: Sequence[str]) -> Iterator[bytes]:
-    """Yields training documents of some sources: about BASELINE_BYTES, drawn by content hash, if there are more."""
+    """Yields training documents of some sources: all, or the first of each part in equal shares of BASELINE_BYTES.
+
+    No more than these documents is read, whatever the size of the corpus.
+    """
     files = [path for source in sources for path in part_files(kept, source)]
-    total = sum(len(text) for text, _ in _train_rows(files))
-    for text, digest in _train_rows(files):
-        # The first digits of the hash decide on the split, so the last ones draw.
-        if int(digest[-8:], 16) * total < BASELINE_BYTES * 2**32:
-            yield text
-
-
-def _train_rows(files: Sequence[Path]) -> Iterator[tuple[bytes, str]]:
     for path in files:
-        for batch in stream_batches(path, ["text", "content_hash", "split"]):
-            for row in batch.to_pylist():
-                if row["split"] == "train":
-                    yield row["text"].encode(), row["content_hash"]
+        remaining = BASELINE_BYTES // len(files)
+        rows = (row for batch in stream_batches(path, ["text", "split"], 256) for row in batch.to_pylist())
+        for text in (row["text"].encode() for row in rows if row["split"] == "train"):
+            remaining -= len(text)
+            if remaining < 0:
+                break
+            yield text
 
 
 def _greedy_line(ngrams: KneserNey, prefix: bytes) -> str:
@@ -241,14 +223,14 @@ def best(values: Sequence[float]) -> int:
     return max(range(len(values)), key=values.__getitem__)
 
 
-def is_right(item: TextItem, output: str) -> int:
+def is_right(item: Mapping[str, Any], output: str) -> int:
     """Returns 1 for the right continuation, or for a line with which the text parses."""
     choices = json.loads(item["choices"])
     return int(output == choices[item["answer"]] if choices else parses(item["prefix"] + output))
 
 
 def read_items(folder: Path) -> list[TextItem]:
-    rows: list[TextItem] = read_table(folder / "items.parquet").to_pylist()
+    rows: list[TextItem] = read_table(folder / "questions.parquet").to_pylist()
     # Items of one kind and similar length share a batch, so that little of it is padding.
     return sorted(rows, key=lambda row: (row["kind"], len(row["prefix"]), row["id"]))
 
@@ -293,7 +275,7 @@ def summary(answers: Sequence[TextAnswer]) -> dict[str, ItemScores]:
         scores[kind] = {
             "accuracy": _proportion([row["score"] for row in rows]),
             "baseline": _proportion([row["baseline"] for row in rows]),
-            "chance": 0.0 if kind == "completion" else 1 / CHOICES,
+            "chance": 0.0 if kind == COMPLETION else 1 / CHOICES,
         }
     return scores
 
@@ -309,5 +291,5 @@ STAGE = Stage(
     TextItemsConfig,
     run,
     # The time is measured on 3 MB of text; the memory is that of held-out text and n-grams at their bounds.
-    estimate=lambda config: Estimate(cpu_seconds=30.0, memory_bytes=1_500_000_000, disk_bytes=1000 * config.items),
+    estimate=lambda config: Estimate(cpu_seconds=30.0, memory_bytes=1_500_000_000, disk_bytes=10_000_000),
 )

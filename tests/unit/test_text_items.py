@@ -45,10 +45,9 @@ WORDS = [
     "quill",
 ]
 CONFIG = {
-    "kinds": {"words": 6, "lines": 6, "options": 4, "retrieval": 3, "completion": 4},
+    "kinds": {"words": 6, "lines": 6, "options": 4, "retrieval-8": 3, "retrieval-64": 3, "completion": 4},
     "prefix_bytes": 96,
     "choice_bytes": 16,
-    "distances": (8, 64),
 }
 
 
@@ -103,13 +102,13 @@ def made(tmp_path_factory: pytest.TempPathFactory, dedup: Artifact) -> Artifact:
 
 
 def items_of(artifact: Artifact, *kinds: str) -> list[Any]:
-    rows = read_table(artifact / "items.parquet").to_pylist()
+    rows = read_table(artifact / "questions.parquet").to_pylist()
     return [{**row, "texts": json.loads(row["choices"])} for row in rows if not kinds or row["kind"] in kinds]
 
 
 def test_items_are_the_same_twice_and_of_a_smaller_number_the_first(run_stage: Any, dedup: Artifact, made: Any) -> None:
     again = run_stage(text_items.STAGE, CONFIG, {"dedup": dedup})
-    fewer = run_stage(text_items.STAGE, {**CONFIG, "kinds": {"words": 3}, "distances": ()}, {"dedup": dedup})
+    fewer = run_stage(text_items.STAGE, {**CONFIG, "kinds": {"words": 3}}, {"dedup": dedup})
 
     assert again.digest == made.digest
     words = [row["prefix"] for row in items_of(made, "words")]
@@ -269,7 +268,7 @@ def test_scores_follow_from_the_table_and_verify_judges_again(run_stage: Any, ma
     assert score_problems(evaluation) == []
     other = items_of(made)[0]
     changed = {name: other[name] for name in text_items.ITEMS} | {"baseline": 1 - other["baseline"]}
-    write_rows(evaluation / "text_items/items.parquet", text_items.ITEMS, [changed])
+    write_rows(evaluation / "text_items/questions.parquet", text_items.ITEMS, [changed])
     assert score_problems(evaluation) == [
         f"evaluation/mid/text_items.parquet: {other['id']} of {other['kind']} was judged otherwise"
     ]
@@ -291,7 +290,25 @@ def test_the_card_shows_a_guess_the_n_grams_and_each_model() -> None:
 
 
 def test_wrong_settings_and_too_little_text_are_refused(run_stage: Any, dedup: Artifact) -> None:
-    with pytest.raises(ValidationError, match=r"distances and kinds\.retrieval need each other"):
+    with pytest.raises(
+        ValidationError, match="is no kind of items; known are words, lines, options, completion and retrieval-<bytes>"
+    ):
         TextItems(kinds={"retrieval": 4})
     with pytest.raises(AtomError, match="give 0 items of kind completion, and two are needed"):
         run_stage(text_items.STAGE, {"kinds": {"completion": 4}, "without": ["programs"]}, {"dedup": dedup})
+
+
+def test_the_baseline_reads_no_more_training_text_than_its_bound(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for part in range(2):
+        texts = [f"{part} text {n:03d}" for n in range(50)]
+        write_rows(tmp_path / f"prose/part-{part:05d}.parquet", KEPT, rows("prose", texts, "train"))
+    write_rows(tmp_path / "prose/part-00002.parquet", KEPT, rows("prose", ["held out"], "heldout"))
+    monkeypatch.setattr(text_items, "BASELINE_BYTES", 3 * 31)
+
+    texts = list(text_items._training_text(tmp_path, ["prose"]))
+
+    assert texts == [f"{part} text {n:03d}".encode() for part in range(2) for n in range(3)]
+    monkeypatch.undo()
+    assert len(list(text_items._training_text(tmp_path, ["prose"]))) == 100
