@@ -142,13 +142,13 @@ def test_the_card_tells_learning_from_sharpening() -> None:
 
     lines = sharpening({"sft": before, "rlvr": after, "dpo": {**before, "problems": {}, "problems_all": None}})
 
-    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[2:]]
-    assert cells[0] == ["kind", "model after", "items", "pass@1", "pass@2", "pass@4", "pass@8"]
-    table = {(row[0], row[1]): row[2:] for row in cells[2:]}
-    assert len(table) == 6 and {kind for kind, _ in table} == {"add", "all problems"}
-    first, last = (float(table["add", "change"][place].split("±")[0]) for place in (1, 4))
+    head, _, *cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[2:]]
+    assert head == ["kind", "k", "problems", "after SFT", "after RLVR", "change"]
+    table = {(row[0], row[1]): row[2:] for row in cells}
+    assert list(table) == [(kind, k) for kind in ("add", "all problems") for k in ("1", "2", "4", "8")]
     # Both models solve the same two problems of three: the second only more often.
-    assert table["add", "change"][0] == "3" and first == pytest.approx((7 + 4) / 24, abs=1e-3) and last == 0
+    assert table["add", "1"] == ["3", "0.208 (0.027 to 0.718)", "0.667 (0.208 to 0.939)", "0.458 (-0.227 to 0.785)"]
+    assert table["add", "8"][3].startswith("0.000 (-0.") and table["add", "8"][1] == "0.667 (0.208 to 0.939)"
     assert sharpening({}) == []
 
 
