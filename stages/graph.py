@@ -24,6 +24,7 @@ from stages.evaluation.settings import (
     heldout_config,
     heldout_node,
     item_nodes,
+    text_item_nodes,
 )
 from stages.export.nodes import export_node, reward_node, variant_nodes
 from stages.recipe import ReleaseRecipe
@@ -75,6 +76,7 @@ STAGES = {
     "dpo": "stages.rl.dpo",
     "reward": "stages.rl.reward_model",
     "export": "stages.export.hf",
+    "text-items": "stages.evaluation.text_items",
     "evaluate": "stages.evaluation.model_evaluation",
     "solve": "stages.evaluation.pass_at_k",
     "fresh": "stages.evaluation.generated_eval",
@@ -150,6 +152,7 @@ def compose(recipe: Recipe, store: Store, without_data: bool = False) -> Graph:
     models = {name: ExportedModel(name, node, step, trained[node]) for name, (node, step) in config.exported.items()}
     chat_models = [name for name in models if name in CHAT_MODELS]
     measured = Measured(evaluation, data, models, vocabulary, seed, recipe.title)
+    specs += text_item_nodes(evaluation, config.release.by_reference)
     for name, model in models.items():
         specs.append(export_node(model, name in chat_models, vocabulary, evaluation.parity_tolerance, seed))
         specs.append(heldout_node(measured, model))
@@ -328,6 +331,12 @@ def _problems_of_gates(config: ReleaseRecipe, data: DataRecipe) -> Iterator[str]
         yield (
             f"{phase.where}.mix has no source with held-out documents, by which the gate {gate} judges the phase; set "
             "heldout_fraction of one in the data recipe"
+        )
+
+    if evaluation.chat and evaluation.chat.pass_at_k and not (config.sft and config.rlvr):
+        yield (
+            "evaluation.chat.pass_at_k compares the models before and after reinforcement learning; add the sections "
+            "sft and rlvr, or leave it out"
         )
 
     gate, context = "longcontext_finds_passkeys", config.model.context_length

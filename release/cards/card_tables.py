@@ -109,11 +109,13 @@ MODEL_TABLES: tuple[CardTable[ModelFacts], ...] = (
     # Scores, and what computed them.
     CardTable("evaluation", lambda model: tables.evaluation(model.scores)),
     CardTable("engines", tables.engines),
+    CardTable("text_items", lambda model: tables.text_items(model.scores), heading="Items of held-out text"),
     CardTable("prediction", tables.prediction, heading="Prediction and result"),
     # The model itself.
     CardTable("chat_format", tables.chat_format),
     # Long contexts.
     CardTable("passkeys", lambda model: tables.passkeys(model.scores)),
+    CardTable("context_gain", lambda model: tables.context_gain(model.scores), heading="Gain from context"),
     # Training.
     CardTable("experts_verdict", tables.verdict),
     CardTable("start", tables.start, heading="Where training began", part="training"),
@@ -121,6 +123,11 @@ MODEL_TABLES: tuple[CardTable[ModelFacts], ...] = (
     # Answers in conversation.
     CardTable("chat_test", lambda model: chat_tables.answers(model.chat.get("test", {}))),
     CardTable("chat_fresh", lambda model: chat_tables.answers(model.chat.get("fresh", {}))),
+    CardTable(
+        "sharpening",
+        lambda model: chat_tables.sharpening(model.chat.get("test", {})),
+        heading="Learning or sharpening",
+    ),
     CardTable("preferences", lambda model: chat_tables.wins(model.chat.get("preferences", {}))),
     # Contamination.
     CardTable("contamination", lambda model: chat_tables.overlaps(model.contamination)),

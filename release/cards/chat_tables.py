@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping
 
 from pipeline.core.text import escaped
 from release.cards import caveats
 from release.cards.tables import count, explained_table, table, title, with_error, with_interval
 from release.facts.score_facts import ExampleAnswer
-from stages.confidence import Figure, Mean
-from stages.evaluation.scores import AnswerScores, ComparisonScores, ContaminationReport
+from stages.confidence import Figure, Mean, wilson
+from stages.evaluation.scores import AnswerScores, ComparisonScores, ContaminationReport, Proportion
 
 CHARACTERS, OUTPUT = 160, 600
 """Characters of a text in a list of examples, and of the answer below the first one of a card."""
@@ -46,6 +47,44 @@ def answers(scores: Mapping[str, AnswerScores]) -> list[str]:
     body.sort(key=lambda row: kinds.index(row[0]))
     head = ["kind", "model after", "items", "greedy", "pass@1", f"pass@{most_drawn}"]
     return table([*head, "tokens", "cut off", "with reasoning"], body)
+
+
+def sharpening(scores: Mapping[str, AnswerScores]) -> list[str]:
+    """Returns pass@k of the models before and after reinforcement learning, and the change, by kind and k."""
+    measured: dict[tuple[str, str], dict[str, Proportion]] = {}
+    for name, model_scores in scores.items():
+        for kind, part in {**model_scores["problems"], "all problems": model_scores["problems_all"]}.items():
+            for k, several in part.get("at_subset", {}).items() if part else ():
+                measured.setdefault((kind, k), {})[name] = _with_bounds(several["pass"])
+    names = list(next(iter(measured.values()), ()))
+    body = []
+    for (kind, k), models in measured.items():
+        row = [kind, k, str(models[names[0]]["n"]), *(with_interval(models[name]) for name in names)]
+        body.append([*row, with_interval(_difference(models[names[0]], models[names[-1]]))])
+    sentence = (
+        "The same problems, answered k times at temperature 1: the chance that one of k answers is right, with 95 % "
+        "intervals over problems. Training that only sharpens raises it for k = 1, and not for a large k: the right "
+        "answers were there. Training by which a model learns to solve further problems raises it for every k."
+    )
+    heads = (f"after {title(name)}" for name in names)
+    return explained_table(sentence, ["kind", "k", "problems", *heads, "change"], body)
+
+
+def _with_bounds(mean: Mean) -> Proportion:
+    """Returns a mean of values from 0 to 1 with Wilson's interval, whose variance is the largest of such values."""
+    low, high = wilson(mean["value"] * mean["n"], mean["n"])
+    return {**mean, "low": low, "high": high}
+
+
+def _difference(old: Proportion, new: Proportion) -> Proportion:
+    """Returns the change with Newcombe's interval (1998, method 10).
+
+    It is that of independent shares, and wide for answers to the same problems.
+    """
+    value = new["value"] - old["value"]
+    low = value - math.hypot(new["value"] - new["low"], old["high"] - old["value"])
+    high = value + math.hypot(new["high"] - new["value"], old["value"] - old["low"])
+    return {"value": value, "se": math.hypot(old["se"], new["se"]), "n": new["n"], "low": low, "high": high}
 
 
 def wins(preferences: Mapping[str, ComparisonScores]) -> list[str]:

@@ -160,6 +160,48 @@ def twins(sizes: Sequence[Trained]) -> list[str]:
     return explained_table(sentence, head, body if len(body) > 1 else [])
 
 
+def context_gain(scores: dict[str, ModelScores]) -> list[str]:
+    """Returns bits per byte of the same bytes with a short and with a long context, for each model."""
+    measured = {name: scores[name]["context"] for name in scores if "context" in scores[name]}
+    if not measured:
+        return []
+    names, last = titles(scores), list(measured.values())[-1]
+    body = []
+    for name, row in measured.items():
+        figures = [row["short"], row["long"], row["gain"]]
+        body.append([names[name], count(row["gain"]["documents"]), *(with_error(figure, 4) for figure in figures)])
+    sentence = (
+        "Bits per byte of every source are of documents that are cut to a model's own context, so a model with a "
+        "longer one scores further bytes. Here all models score the same bytes twice: after at most "
+        f"{count(last['short_tokens'] - 1)} tokens, and after all before them in documents of {count(last['tokens'])} "
+        "tokens. The gain is the difference, with the standard error of differences within documents; a negative one "
+        "is a loss, of a model that was not trained on so long a context."
+    )
+    return explained_table(sentence, ["model after", "documents", "short", "long", "gain"], body)
+
+
+def text_items(scores: dict[str, ModelScores]) -> list[str]:
+    """Returns right answers to items of held-out text: of a guess, of the n-gram model, and of each model, by kind."""
+    names = titles(scores)
+    measured = {name: scores[name]["text_items"] for name in scores if "text_items" in scores[name]}
+    body = []
+    for kind in measured[list(measured)[-1]] if measured else ():
+        parts = {name: kinds[kind] for name, kinds in measured.items() if kind in kinds}
+        (first, *_) = parts.values()
+        items = count(first["accuracy"]["n"])
+        body.append([kind, items, "a guess", f"{first['chance']:.3f}"])
+        body.append([kind, items, "byte n-grams", with_interval(first["baseline"])])
+        body += [[kind, items, names[name], with_interval(part["accuracy"])] for name, part in parts.items()]
+    sentence = (
+        "Items that are made of held-out documents, one of each document and kind. *words*, *lines*, *options*: which "
+        "of four texts of a document goes on after its beginning. *retrieval*: which of four keys was stated so many "
+        "bytes before. The answer is the text of which the beginning saves most bits per byte. *completion*: the rest "
+        "of a line of Python, with which the text must parse. The n-grams have five bytes, and are counted in the "
+        "training split."
+    )
+    return explained_table(sentence, ["kind", "items", "answered by", "right, with 95 % interval"], body)
+
+
 def engines(model: ModelFacts) -> list[str]:
     """Returns one sentence on what computed the scores."""
     rows: list[Mapping[str, Any]] = [*model.scores.values()]

@@ -21,6 +21,7 @@ from release.facts.published_tables import read_json, stream_rows
 from release.facts.score_facts import (
     CONTAMINATION,
     HARNESS,
+    TEXT_ITEMS,
     chat_tables_of,
     compute_chat_scores,
     compute_harness,
@@ -28,6 +29,7 @@ from release.facts.score_facts import (
 )
 from release.opened_release import Release
 from stages import scorers
+from stages.evaluation.text_items import COMPLETION, is_right
 from stages.formats.table import read_jsonl
 
 MAX_CONTAMINATED = 0.05
@@ -49,6 +51,7 @@ def score_problems(evaluation: Path) -> list[str]:
         for folder in folders
         if not _equals_measured(folder / "scores.json", compute_scores(folder))
     ]
+    problems += _text_item_problems(evaluation)
     for benchmark, models in compute_chat_scores(evaluation).items():
         for table in chat_tables_of(evaluation, benchmark):
             path, measured = table.with_name("scores.json"), models[table.parent.name]
@@ -59,6 +62,23 @@ def score_problems(evaluation: Path) -> list[str]:
         if not stated.exists() or not _equals_measured(stated, compute_harness(path.parent)):
             problems.append(f"evaluation/{HARNESS}/{path.parent.name}/scores.json is not what its tables give")
     return problems
+
+
+def _text_item_problems(evaluation: Path) -> Iterator[str]:
+    """Yields the tables of models whose rows are not judged by the items.
+
+    The items of a document that was taken back are no longer there.
+    """
+    path = evaluation / TEXT_ITEMS / "questions.parquet"
+    items = {(row["id"], row["kind"]): row for row in stream_rows(path)} if path.exists() else {}
+    for table in sorted(evaluation.glob(f"*/{TEXT_ITEMS}.parquet")):
+        for row in stream_rows(table):
+            if (item := items.get((row["id"], row["kind"]))) is None:
+                continue
+            # Whether a line parses depends on the version of Python, so that is not judged again.
+            score = row["score"] if row["kind"] == COMPLETION else is_right(item, row["output"])
+            if (row["baseline"], row["score"]) != (item["baseline"], score):
+                yield f"evaluation/{table.parent.name}/{table.name}: {row['id']} of {row['kind']} was judged otherwise"
 
 
 def _equals_measured(path: Path, measured: Mapping[str, Any]) -> bool:

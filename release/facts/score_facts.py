@@ -29,6 +29,8 @@ the model itself in its own."""
 
 HARNESS = "harness"
 """The folder with the results of lm-evaluation-harness, in the same places."""
+TEXT_ITEMS = "text_items"
+"""The folder with the items of held-out text, in `evaluation/` of a dataset repository."""
 
 
 def compute_scores(folder: Path) -> ModelScores:

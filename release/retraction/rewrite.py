@@ -39,7 +39,7 @@ MIN_TEXT = 20
 BATCH = 4096
 MESSAGES = f"dataset/{message_tables.FOLDER}/"
 # The folders of tables that are about documents and do not hold their texts as they are.
-BY_ID = (f"dataset/{ATTRIBUTION}/", MESSAGES)
+BY_ID = (f"dataset/{ATTRIBUTION}/", MESSAGES, "dataset/evaluation/text_items/")
 # The metadata at the head of a card.
 HEAD = re.compile(r"\A---\r?\n.*?\r?\n---\s*?\n", re.DOTALL)
 

@@ -39,7 +39,7 @@ ARTIFACTS = 200
 TRAINING = "evidence/training"
 TITLES: dict[str, dict[str, str]] = read_trusted(FOLDER / "titles.yaml")
 """Titles of tables of the cards and captions of plots, in the order of the page."""
-IN_PLAIN_TEXT = ("evaluation", "passkeys")
+IN_PLAIN_TEXT = ("evaluation", "passkeys", "context_gain", "text_items")
 """Tables of the model whose columns are from `dataset/evaluation/<model>/scores.json`."""
 NO_REPLAYS = Markup(
     '<p id="replays">None is in this copy, which was sealed before anybody replayed it. The Space of the page on the '

@@ -7,8 +7,12 @@
 - **Loss by position**: bits per token in held-out documents that all have the longest length, by the number of tokens
   before: 0–63, 64–127, 128–255, … The documents are the same at every position, so if a later token costs less than
   an earlier one, the model uses what it has read.
+- **Gain from context**, with `evaluation.context.short`: the tokens of the same documents from position `short` on,
+  once after all tokens before them, and once after the last ones in a window of `short` tokens. The scored bytes are
+  the same, so the difference is what the further context is worth. Windows advance by half their length, so a token has
+  at least half of `short` tokens before it. This reads each document three times.
 
-Both also measure beyond the model's `max_position_embeddings`, where the rotary embedding extrapolates: a baseline
+All also measure beyond the model's `max_position_embeddings`, where the rotary embedding extrapolates: a baseline
 before context extension.
 """
 
@@ -25,14 +29,14 @@ from pydantic import Field, model_validator
 
 from pipeline.core.bounds import Context, Range, Share
 from pipeline.core.errors import AtomError
-from pipeline.core.stage import Config, Report
+from pipeline.core.stage import Config, Report, added
 from pipeline.core.text import shown
 from stages.confidence import binomial, ratio
-from stages.evaluation.bits_per_byte import HeldoutDocument
+from stages.evaluation.bits_per_byte import HeldoutDocument, token_bytes
 from stages.evaluation.estimates import Piece
 from stages.evaluation.scores import LongContextScores
 from stages.formats.seeds import seed_of
-from stages.formats.table import Double, Int32, String, columns_of
+from stages.formats.table import Double, Int32, Int64, String, columns_of
 from stages.generation.engine import LanguageModel
 from stages.tasks.synthetic import passkeys
 
@@ -75,8 +79,28 @@ class PositionRow(TypedDict):
     """minus log2 of the probability of these tokens"""
 
 
+class ContextRow(TypedDict):
+    """The bits of the same tokens of a document with a long and with a short context."""
+
+    source: String
+    """source of the document"""
+    id: String
+    """id of the document"""
+    short: Int32
+    """tokens of a window; the scored tokens begin at this position"""
+    length: Int32
+    """tokens of the document that are read"""
+    bytes: Int64
+    """bytes of the scored tokens"""
+    nll_bits: Double
+    """minus log2 of the probability of these tokens, each after all tokens before it"""
+    short_nll_bits: Double
+    """the same, each after the tokens before it in a window"""
+
+
 PASSKEY = columns_of(PasskeyRow)
 POSITIONS = columns_of(PositionRow)
+CONTEXTS = columns_of(ContextRow)
 
 
 class ContextSection(Config):
@@ -92,11 +116,17 @@ class ContextSection(Config):
     """maximum number of long held-out documents for the loss by position"""
     digits: Annotated[int, Range(2, 9)] = 6
     """digits of a passkey; use the same number as in the training data"""
+    short: Annotated[int, Range(2, 2**24)] | None = added(None)
+    """tokens of a short context, with which tokens of long documents are scored a second time; null: none"""
 
     @model_validator(mode="after")
     def _check_increasing(self) -> ContextSection:
         _require_increasing("lengths", self.lengths)
         _require_increasing("depths", self.depths)
+        if self.short and self.short >= self.longest:
+            raise ValueError(
+                f"short = {self.short} leaves no token of {self.longest}, the longest of lengths; make it shorter"
+            )
         return self
 
     @property
@@ -108,11 +138,12 @@ class ContextSection(Config):
     def tokens(self) -> int:
         """Tokens that a model reads."""
         keys = len(self.depths) * self.per_cell * sum(self.lengths)
-        return keys + self.documents * self.lengths[-1]
+        # With a short context, documents are read once more, and twice in windows.
+        return keys + self.documents * self.longest * (4 if self.short else 1)
 
     @property
     def pieces(self) -> int:
-        return len(self.lengths) + 1
+        return len(self.lengths) + (2 if self.short else 1)
 
 
 def _require_increasing(name: str, values: Sequence[float]) -> None:
@@ -125,7 +156,7 @@ def pieces(
 ) -> list[Piece[LanguageModel]]:
     """Returns the pieces of a model's evaluation.
 
-    They give the rows of `passkey.parquet` of each length, and those of `positions.parquet`.
+    They give the rows of `passkey.parquet` of each length, and those of `positions.parquet` and `contexts.parquet`.
 
     A piece raises AtomError if a length leaves no room for a key, or if the documents are too few or too short.
 
@@ -148,11 +179,16 @@ def pieces(
         return _score_cells(section, length, model, tokenizer, encode, filler())
 
     def positions(model: LanguageModel) -> list[PositionRow]:
-        return _loss_by_position(model, encode, documents(), section.lengths[-1], section.documents)
+        return _loss_by_position(model, _long_documents(encode, documents(), section), section.longest)
+
+    def contexts(model: LanguageModel) -> list[ContextRow]:
+        assert section.short is not None
+        return _gain_from_context(model, tokenizer, _long_documents(encode, documents(), section), section.short)
 
     return [
         *(Piece(f"passkey-{length}", partial(cells, length=length)) for length in section.lengths),
         Piece("positions", positions),
+        *([Piece("contexts", contexts)] if section.short else []),
     ]
 
 
@@ -210,18 +246,32 @@ def _score_cells(
     return rows
 
 
-def _loss_by_position(
-    model: LanguageModel, encode: Encode, documents: Sequence[HeldoutDocument], length: int, limit: int
-) -> list[PositionRow]:
-    """Returns one row for each bucket of each document, of the first `limit` documents of at least `length` tokens."""
-    rows: list[PositionRow] = []
-    longest = count = 0
+def _long_documents(
+    encode: Encode, documents: Sequence[HeldoutDocument], section: ContextSection
+) -> Iterator[tuple[HeldoutDocument, list[int]]]:
+    """Yields the first documents that have the longest length, with so many tokens of each."""
+    length, longest, count = section.longest, 0, 0
     for document in documents:
         ids = encode(document["text"])[:length]
         longest = max(longest, len(ids))
-        if len(ids) < length:
-            continue
-        count += 1
+        if len(ids) == length and count < section.documents:
+            count += 1
+            yield document, ids
+        if count == section.documents:
+            return
+    if count < 2:
+        raise AtomError(
+            f"evaluate: {count} held-out documents have {length} tokens (the longest has {longest}), and "
+            "evaluation.context needs two; hold out longer documents or ask for shorter lengths"
+        )
+
+
+def _loss_by_position(
+    model: LanguageModel, documents: Iterator[tuple[HeldoutDocument, list[int]]], length: int
+) -> list[PositionRow]:
+    """Returns one row for each bucket of each document."""
+    rows: list[PositionRow] = []
+    for document, ids in documents:
         bits = model.token_bits(ids)
         for first, last in buckets(length):
             # The first token has no bits: it comes after nothing.
@@ -236,12 +286,31 @@ def _loss_by_position(
                     "nll_bits": float(bucket_bits.sum()),
                 }
             )
-        if count == limit:
-            break
-    if count < 2:
-        raise AtomError(
-            f"evaluate: {count} held-out documents have {length} tokens (the longest has {longest}), and "
-            "evaluation.context needs two; hold out longer documents or ask for shorter lengths"
+    return rows
+
+
+def _gain_from_context(
+    model: LanguageModel, tokenizer: Any, documents: Iterator[tuple[HeldoutDocument, list[int]]], short: int
+) -> list[ContextRow]:
+    """Returns one row for each document."""
+    rows: list[ContextRow] = []
+    stride = short - short // 2
+    for document, ids in documents:
+        in_windows = 0.0
+        for first in range(short, len(ids), stride):
+            end = min(first + stride, len(ids))
+            # A window ends with the scored tokens, the last of which has all others of the window before it.
+            in_windows += float(model.token_bits(ids[max(0, end - short) : end])[first - end :].sum())
+        rows.append(
+            {
+                "source": document["source"],
+                "id": document["id"],
+                "short": short,
+                "length": len(ids),
+                "bytes": token_bytes(tokenizer, ids[short:]),
+                "nll_bits": float(model.token_bits(ids)[short - 1 :].sum()),
+                "short_nll_bits": in_windows,
+            }
         )
     return rows
 
@@ -254,11 +323,13 @@ def buckets(length: int) -> list[tuple[int, int]]:
     return [(a, min(b, length) - 1) for a, b in pairwise(edges) if a < length]
 
 
-def summary(keys: Sequence[PasskeyRow], by_position: Sequence[PositionRow]) -> LongContextScores:
-    """Returns `passkey` and `loss_by_position` of scores.json, from the two tables alone.
+def summary(
+    keys: Sequence[PasskeyRow], by_position: Sequence[PositionRow], contexts: Sequence[ContextRow] = ()
+) -> LongContextScores:
+    """Returns `passkey`, `loss_by_position` and `context` of scores.json, from the three tables alone.
 
     Standard errors of the loss are over documents; these are the same in every bucket, so differences between buckets
-    have smaller errors.
+    have smaller errors. That of the gain is of the differences within documents.
     """
     lengths = sorted({row["length"] for row in keys})
 
@@ -266,7 +337,7 @@ def summary(keys: Sequence[PasskeyRow], by_position: Sequence[PositionRow]) -> L
         return [row["score"] for row in keys if row["length"] == length and depth in (None, row["depth"])]
 
     depths = sorted({row["depth"] for row in keys})
-    return {
+    scores: LongContextScores = {
         "passkey": {str(n): binomial(scores_of(length=n)) for n in lengths},
         "passkey_by_depth": {
             str(n): {f"{d:g}": binomial(scores_of(length=n, depth=d)) for d in depths} for n in lengths
@@ -278,3 +349,12 @@ def summary(keys: Sequence[PasskeyRow], by_position: Sequence[PositionRow]) -> L
             for first, last in sorted({(row["first"], row["last"]) for row in by_position})
         },
     }
+    if contexts:
+        scores["context"] = {
+            "short_tokens": contexts[0]["short"],
+            "tokens": contexts[0]["length"],
+            "short": ratio([(row["short_nll_bits"], row["bytes"]) for row in contexts]),
+            "long": ratio([(row["nll_bits"], row["bytes"]) for row in contexts]),
+            "gain": ratio([(row["short_nll_bits"] - row["nll_bits"], row["bytes"]) for row in contexts]),
+        }
+    return scores

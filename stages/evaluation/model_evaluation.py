@@ -6,7 +6,8 @@ Two measurements, by `evaluation.engine`; in the stage's process they are bitwis
   documents (stages/evaluation/bits_per_byte.py);
 - **exact-match accuracy** on the recipe's evaluation problems, by greedy generation, with binomial standard errors.
 
-A recipe with `evaluation.context` has further ones, on long texts (stages/evaluation/long_context.py).
+A recipe with `evaluation.context` has further ones, on long texts (stages/evaluation/long_context.py), and one with
+`evaluation.text_items` on items of held-out text (stages/evaluation/text_items.py).
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from pipeline.core.bounds import MOST_SOURCES, Context, SourceName
 from pipeline.core.errors import AtomError
 from pipeline.core.stage import Inputs, Report, Stage, added
 from stages.confidence import Ratio, binomial, ratio
-from stages.evaluation import estimates, long_context
+from stages.evaluation import estimates, long_context, text_items
 from stages.evaluation.bits_per_byte import (
     DOCUMENT_SCORES,
     DocumentScore,
@@ -35,8 +36,9 @@ from stages.evaluation.bits_per_byte import (
     token_ids,
 )
 from stages.evaluation.estimates import EngineConfig, Piece, batched_pieces, compute, compute_shard
-from stages.evaluation.long_context import ContextSection, PasskeyRow, PositionRow
+from stages.evaluation.long_context import ContextRow, ContextSection, PasskeyRow, PositionRow
 from stages.evaluation.scores import ModelScores
+from stages.evaluation.text_items import TextAnswer, TextItem
 from stages.formats.table import ItemRow, String, columns_of, read_table, write_rows
 from stages.generation.engine import LanguageModel
 from stages.generation.samplers import open_model
@@ -45,7 +47,9 @@ VERSION = 3
 # Documents or problems that a model gets at once; a stage resumes after the last finished batch.
 ROWS_PER_BATCH = 32
 # Kinds of rows: the beginnings of the names of pieces. Each has a table of that name.
-KINDS = ("documents", "items", "passkey", "positions")
+KINDS = ("documents", "items", "passkey", "positions", "contexts", "text_items")
+# Input with items of held-out text.
+TEXT_ITEMS = "text-items"
 PROBLEM_COLUMNS = ["id", "task", "prompt", "answer"]
 
 
@@ -94,8 +98,8 @@ def run(config: EvaluateConfig, inputs: Inputs, work: Path, out: Path, report: R
     """Measures inputs["model"] on the held-out documents of inputs["dedup"] and the problems of inputs["items"].
 
     Seals `items.parquet` (one row a problem), `documents.parquet` (one row a scored document) and `scores.json`; with
-    config.context also `passkey.parquet` and `positions.parquet`. Resumes from `work`, which keeps every finished
-    batch.
+    config.context also `passkey.parquet`, `positions.parquet` and, with a short context, `contexts.parquet`; with
+    inputs["text-items"] also `text_items.parquet`. Resumes from `work`, which keeps every finished batch.
 
     Raises:
         AtomError: There is no held-out document or no problem.
@@ -108,6 +112,9 @@ def run(config: EvaluateConfig, inputs: Inputs, work: Path, out: Path, report: R
         report.note(f"{task}: {row['value']:.3f} ± {row['se']:.3f} exact match on {row['n']} problems")
     for source, bits in scores["bits_per_byte"].items():
         report.note(f"{source}: {bits['value']:.4f} ± {bits['se']:.4f} bits per byte on {bits['documents']} documents")
+    for kind, part in scores.get("text_items", {}).items():
+        share, baseline = part["accuracy"], part["baseline"]
+        report.note(f"{kind}: {share['value']:.3f} right of {share['n']}; n-grams {baseline['value']:.3f}")
 
 
 def measure(config: EvaluateConfig, model: Path, inputs: Inputs, work: Path, out: Path, report: Report) -> ModelScores:
@@ -124,9 +131,14 @@ def measure(config: EvaluateConfig, model: Path, inputs: Inputs, work: Path, out
         long_context.report_passkeys(passkeys, report)
         write_rows(out / "passkey.parquet", long_context.PASSKEY, passkeys)
         write_rows(out / "positions.parquet", long_context.POSITIONS, positions)
+        if config.context.short:
+            write_rows(out / "contexts.parquet", long_context.CONTEXTS, measured["contexts"])
+    of_items = sorted(measured["text_items"], key=lambda row: (row["kind"], row["id"]))
+    if TEXT_ITEMS in inputs:
+        write_rows(out / "text_items.parquet", text_items.ANSWERS, of_items)
     write_rows(out / "documents.parquet", DOCUMENT_SCORES, scored)
     write_rows(out / "items.parquet", PROBLEM_ANSWERS, answered)
-    return summary(scored, answered, passkeys, positions)
+    return summary(scored, answered, passkeys, positions, measured["contexts"], of_items)
 
 
 def run_shard(config: EvaluateConfig, inputs: Inputs, work: Path, shard: int) -> None:
@@ -170,12 +182,18 @@ def _pieces(config: EvaluateConfig, model: Path, inputs: Inputs) -> list[Piece[L
     def answer(model: LanguageModel, batch: Sequence[ItemRow]) -> list[ProblemAnswer]:
         return answer_batch(model, tokenizer, batch, config.max_new_tokens)
 
+    def answer_items(model: LanguageModel, batch: Sequence[TextItem]) -> list[TextAnswer]:
+        return text_items.answer_items(model, tokenizer, batch)
+
     documents = sorted(heldout_documents(kept, config.heldout_documents), key=lambda row: row["source"])
     pieces = batched_pieces("documents", documents, ROWS_PER_BATCH, score)
     pieces += batched_pieces("items", problems, ROWS_PER_BATCH, answer)
     if config.context is not None:
         encode, read = partial(token_ids, tokenizer), partial(heldout_texts, kept)
         pieces += long_context.pieces(config.context, tokenizer, encode, read)
+    if TEXT_ITEMS in inputs:
+        items = text_items.read_items(inputs[TEXT_ITEMS].path)
+        pieces += batched_pieces("text_items", items, ROWS_PER_BATCH, answer_items)
     return pieces
 
 
@@ -213,6 +231,8 @@ def summary(
     items: Sequence[ProblemAnswer],
     passkeys: Sequence[PasskeyRow] = (),
     positions: Sequence[PositionRow] = (),
+    contexts: Sequence[ContextRow] = (),
+    of_items: Sequence[TextAnswer] = (),
 ) -> ModelScores:
     """Returns `scores.json` from the tables alone, so that it can be recomputed.
 
@@ -227,7 +247,11 @@ def summary(
         "accuracy": by_task,
         "accuracy_all": binomial([row["score"] for row in items]),
     }
-    return {**scores, **long_context.summary(passkeys, positions)} if passkeys and positions else scores
+    if passkeys and positions:
+        scores = {**scores, **long_context.summary(passkeys, positions, contexts)}
+    if of_items:
+        scores["text_items"] = text_items.summary(of_items)
+    return scores
 
 
 def bits_per_byte(documents: Sequence[DocumentScore]) -> tuple[dict[str, Ratio], Ratio]:

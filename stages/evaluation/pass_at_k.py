@@ -4,7 +4,7 @@
 
 The model answers each problem once greedily and `num_samples` times at temperature 1. pass@k is the chance that one of
 k answers is correct, for k = 1, 2, 4, …, with the cost of k answers in generated tokens: an exact expectation over all
-subsets of the samples (stages/confidence.py).
+subsets of the samples (stages/confidence.py). Some problems may get further samples, for a larger k.
 
 A request for a courteous note has no single correct answer: the model answers it once, and its mean reward is reported.
 Stage `prefer` measures which of two models is preferred. Standard errors are over items. Seeds follow from item and
@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypedDict
 
 from pipeline.core.bounds import Context, Range, Seed
 from pipeline.core.errors import AtomError
-from pipeline.core.stage import Inputs, Report, Stage
+from pipeline.core.stage import Config, Inputs, Report, Stage, added
 from stages.confidence import clustered, pass_at, powers_of_two
 from stages.evaluation import estimates
 from stages.evaluation.estimates import EngineConfig, Piece, batched_pieces, compute, compute_shard
@@ -78,6 +78,15 @@ ANSWERS = columns_of(Answer)
 NumSamples = Annotated[int, Range(1, 4096)]
 
 
+class FurtherSamples(Config):
+    """Further answers to some problems, for pass@k with a large k."""
+
+    items: Annotated[int, Range(2, 1e6)]
+    """problems of each kind, the first ones by id"""
+    num_samples: NumSamples
+    """answers to each of them"""
+
+
 class ChatConfig(EngineConfig):
     """Settings of the stages in which a model answers in conversation."""
 
@@ -94,6 +103,8 @@ class SolveConfig(ChatConfig):
     """answers per item"""
     split: Literal["test", "validation"] = "test"
     """split of the items"""
+    pass_at_k: FurtherSamples | None = added(None)
+    """further answers to some problems; null: none"""
 
 
 def run(config: SolveConfig, inputs: Inputs, work: Path, out: Path, report: Report) -> None:
@@ -146,16 +157,20 @@ def chat_loader(
 
 
 def _pieces(rows: Sequence[Row], config: SolveConfig) -> list[Piece[ChatModel]]:
+    # A judged request is answered once: it has no right answer that a vote of several could find.
+    counts = {row["id"]: 1 if row["kind"] in JUDGED else config.num_samples for row in rows}
+    if more := config.pass_at_k:
+        for kind in {row["kind"] for row in rows} - set(JUDGED):
+            of_kind = [row["id"] for row in rows if row["kind"] == kind]
+            counts |= dict.fromkeys(of_kind[: more.items], more.num_samples)
+
     def answer(chat_model: ChatModel, batch: Sequence[Row]) -> list[Answer]:
         """Returns the greedy answers to the problems of a batch, then the samples to all of its items."""
         problems = [row for row in batch if row["kind"] not in JUDGED]
         # A greedy answer draws nothing, so its seed is 0.
         answers = chat_model.answer([(row, GREEDY, 0) for row in problems], greedy=True) if problems else []
-        # A judged request is answered once: it has no right answer that a vote of several could find.
         samples = [
-            (row, n, seed_of(f"solve/{row['id']}/{n}", config.seed))
-            for row in batch
-            for n in range(1 if row["kind"] in JUDGED else config.num_samples)
+            (row, n, seed_of(f"solve/{row['id']}/{n}", config.seed)) for row in batch for n in range(counts[row["id"]])
         ]
         return answers + chat_model.answer(samples)
 
@@ -263,16 +278,28 @@ def summary(answered: Sequence[Answer]) -> AnswerScores:
 def _summarize_problems(items: Mapping[str, list[Answer]]) -> ProblemScores:
     samples = {id: [row for row in rows if row["sample"] != GREEDY] for id, rows in sorted(items.items())}
     greedy = {id: [row for row in rows if row["sample"] == GREEDY] for id, rows in sorted(items.items())}
-    sample_statistics = _answer_statistics(samples, "accuracy")
+    # As many samples of every problem, so that every k is measured on all problems, and problems weigh the same.
+    fewest, most = (limit(len(rows) for rows in samples.values()) for limit in (min, max))
+    of_all = {id: rows[:fewest] for id, rows in samples.items()}
+    scores: ProblemScores = {
+        "greedy": _answer_statistics(greedy, "accuracy"),
+        "samples": _answer_statistics(of_all, "accuracy"),
+        "at": _several_answers(of_all, fewest),
+    }
+    if most > fewest:
+        scores["at_subset"] = _several_answers({id: rows for id, rows in samples.items() if len(rows) == most}, most)
+    return scores
+
+
+def _several_answers(samples: Mapping[str, list[Answer]], largest_k: int) -> dict[str, SeveralAnswers]:
+    """Returns pass@k and its cost, by k."""
+    tokens = _answer_statistics(samples, "accuracy")["tokens"]
     correct = {id: sum(row["reward"] >= 1 for row in rows) for id, rows in samples.items()}
     at: dict[str, SeveralAnswers] = {}
-    # Up to the fewest samples of a problem, so that every k is measured on all problems.
-    for k in powers_of_two(min(len(rows) for rows in samples.values())):
-        at[str(k)] = {
-            "tokens": k * sample_statistics["tokens"],
-            "pass": clustered([pass_at(len(rows), correct[id], k) for id, rows in samples.items()]),
-        }
-    return {"greedy": _answer_statistics(greedy, "accuracy"), "samples": sample_statistics, "at": at}
+    for k in powers_of_two(largest_k):
+        estimates = [pass_at(len(rows), correct[id], k) for id, rows in samples.items()]
+        at[str(k)] = {"tokens": k * tokens, "pass": clustered(estimates)}
+    return at
 
 
 def _answer_statistics(items: Mapping[str, list[Answer]], name: Literal["accuracy", "reward"]) -> AnswerStatistics:

@@ -23,6 +23,21 @@ VERDICTS = ("clean", "overlap", "contaminated")
 HarnessScores = dict[str, dict[str, dict[str, Mean]]]
 
 
+class ContextGain(TypedDict):
+    """Bits per byte of the same bytes with a short and a long context, and the difference within documents."""
+
+    short_tokens: int
+    """most tokens of the short context, with the scored one"""
+    tokens: int
+    """tokens of a document"""
+    short: Ratio
+    """bits per byte with the short context"""
+    long: Ratio
+    """bits per byte with all tokens before"""
+    gain: Ratio
+    """difference within documents, above 0 if the long context helps"""
+
+
 class LongContextScores(TypedDict, total=False):
     """The scores on long texts, if the recipe measures them."""
 
@@ -32,6 +47,26 @@ class LongContextScores(TypedDict, total=False):
     """share of keys found, by length and depth"""
     loss_by_position: dict[str, Ratio]
     """bits per token, by `first-last`"""
+    context: ContextGain
+    """gain from a long context on the same bytes"""
+
+
+class Proportion(Mean):
+    """A share, with Wilson's 95 % interval from `low` to `high`."""
+
+    low: float
+    high: float
+
+
+class ItemScores(TypedDict):
+    """The share of right answers to items of one kind, that of a byte n-gram model, and that of a guess."""
+
+    accuracy: Proportion
+    """share of right answers of the model"""
+    baseline: Proportion
+    """share of right answers of a byte n-gram model"""
+    chance: float
+    """expected share of right answers of a guess"""
 
 
 class ModelScores(LongContextScores):
@@ -45,6 +80,8 @@ class ModelScores(LongContextScores):
     """share of correct answers, by task"""
     accuracy_all: Mean
     """share of correct answers to all problems"""
+    text_items: NotRequired[dict[str, ItemScores]]
+    """items of held-out text, by kind, if the recipe has some"""
     engine: NotRequired[str]
     """package and version of the engine, below"""
 
@@ -77,6 +114,8 @@ class ProblemScores(TypedDict):
     """the answers drawn at temperature 1"""
     at: dict[str, SeveralAnswers]
     """by k: generated tokens of k answers, and pass@k, an exact expectation over all subsets of k samples"""
+    at_subset: NotRequired[dict[str, SeveralAnswers]]
+    """the same on the problems with further answers, up to a larger k"""
 
 
 class AnswerScores(TypedDict):
@@ -99,13 +138,6 @@ def pass_at_1(scores: Mapping[str, AnswerScores]) -> dict[str, Mean]:
     """
     totals = {name: model_scores["problems_all"] for name, model_scores in scores.items()}
     return {name: total["samples"]["accuracy"] for name, total in totals.items() if total}
-
-
-class Proportion(Mean):
-    """A share, with Wilson's 95 % interval from `low` to `high`."""
-
-    low: float
-    high: float
 
 
 class SideScores(TypedDict):

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from pipeline.core.bounds import Context, Line, Range
 from pipeline.core.stage import Config, added
@@ -20,8 +20,9 @@ from stages.evaluation import estimates, pass_at_k, win_rate
 from stages.evaluation.bits_per_byte import HeldoutLimit
 from stages.evaluation.estimates import DOCUMENT_TOKENS, QUESTION_TOKENS, count
 from stages.evaluation.long_context import ContextSection
-from stages.evaluation.model_evaluation import ROWS_PER_BATCH
-from stages.evaluation.pass_at_k import NumSamples
+from stages.evaluation.model_evaluation import ROWS_PER_BATCH, TEXT_ITEMS
+from stages.evaluation.pass_at_k import FurtherSamples, NumSamples
+from stages.evaluation.text_items import TextItems
 from stages.generation.engine import Engine
 from stages.tasks.benchmarks import HarnessSection
 from stages.tasks.eval_set import ChatItems, Problems
@@ -60,12 +61,24 @@ class ChatSection(Config):
     """maximum number of tokens of an answer"""
     num_samples: NumSamples = 8
     """answers per problem, for pass@k"""
+    pass_at_k: FurtherSamples | None = added(None)
+    """further answers to some problems by the models before and after RLVR, which tell learning from sharpening;
+    null: none"""
     min_gain: Gain = 0.0
     """gain in pass@1 from SFT to RLVR that must be exceeded, as far as there is room for it"""
     min_win_rate: Annotated[float, Range(0.5, 1, below=True)] = 0.5
     """value that the lower confidence bound of a win rate must exceed"""
     skill_tolerance: Annotated[float, Range(0, 0.25)] = 0.05
     """maximum loss of pass@1 in phases after RLVR"""
+
+    @model_validator(mode="after")
+    def _check_further(self) -> ChatSection:
+        if self.pass_at_k and self.pass_at_k.num_samples <= self.num_samples:
+            raise ValueError(
+                f"pass_at_k.num_samples = {self.pass_at_k.num_samples} is not more than num_samples = "
+                f"{self.num_samples}, the answers to every problem; raise it, or leave pass_at_k out"
+            )
+        return self
 
 
 class EvaluationSection(Config):
@@ -90,6 +103,8 @@ class EvaluationSection(Config):
     """evaluation in conversations; null: none"""
     context: ContextSection | None = added(None)
     """evaluation on long texts: passkeys and loss by position; null: none"""
+    text_items: TextItems | None = added(None)
+    """evaluation items that are made of held-out text, with an n-gram baseline; null: none"""
     harness: HarnessSection | None = added(None)
     """task sets of lm-evaluation-harness; null: none"""
     engine: Engine = Engine()
@@ -98,20 +113,24 @@ class EvaluationSection(Config):
     def tokens(self, sources: int) -> int:
         """Returns the most tokens that the evaluation of one model reads and draws, with this number of sources.
 
-        They are those of the held-out documents, the long texts and the problems; the other sections are not counted.
+        They are those of the held-out documents and the items made of them, the long texts and the problems; the other
+        sections are not counted.
         """
         documents = sources * self.heldout_documents * DOCUMENT_TOKENS
         long = 0 if self.context is None else self.context.tokens
-        return documents + long + sum(self.problems.values()) * (QUESTION_TOKENS + self.max_new_tokens)
+        items = 0 if self.text_items is None else self.text_items.tokens
+        return documents + long + items + sum(self.problems.values()) * (QUESTION_TOKENS + self.max_new_tokens)
 
     def pieces(self, sources: int) -> int:
         """Returns the most pieces into which the evaluation of one model is divided, with this number of sources.
 
-        They are those of the held-out documents, the long texts and the problems; the other sections are not counted.
+        They are those of the held-out documents and the items made of them, the long texts and the problems; the other
+        sections are not counted.
         """
         documents = count(sources * self.heldout_documents, ROWS_PER_BATCH)
         long = 0 if self.context is None else self.context.pieces
-        return documents + count(sum(self.problems.values()), ROWS_PER_BATCH) + long
+        items = 0 if self.text_items is None else count(sum(self.text_items.kinds.values()), ROWS_PER_BATCH)
+        return documents + count(sum(self.problems.values()), ROWS_PER_BATCH) + long + items
 
 
 @dataclass(frozen=True)
@@ -170,7 +189,18 @@ def heldout_node(measured: Measured, model: ExportedModel) -> NodeSpec:
     """Returns the node that evaluates a model on held-out documents, problems and long texts."""
     config = heldout_config(measured, model) | {"context": measured.section.context}
     inputs = {"model": f"export-{model.name}", "dedup": "dedup", "items": "items"}
+    if measured.section.text_items:
+        inputs[TEXT_ITEMS] = TEXT_ITEMS
     return NodeSpec(f"evaluate-{model.name}", "evaluate", config, inputs)
+
+
+def text_item_nodes(section: EvaluationSection, without: Sequence[str]) -> list[NodeSpec]:
+    """Returns the node that makes evaluation items of held-out text, without the sources that are not published."""
+    if section.text_items is None:
+        return []
+    # Nothing is shown of a source by reference, so nothing is asked about it.
+    config = {**section.text_items.model_dump(), "without": without}
+    return [NodeSpec(TEXT_ITEMS, TEXT_ITEMS, config, {"dedup": "dedup"})]
 
 
 def chat_nodes(measured: Measured, chat_models: Sequence[str], before: Sequence[NodeSpec]) -> list[NodeSpec]:
@@ -195,7 +225,9 @@ def chat_nodes(measured: Measured, chat_models: Sequence[str], before: Sequence[
     inputs = {"model": f"export-{chat_models[-1]}", "dedup": "dedup", "items": "items"}
     specs = [NodeSpec("fresh", "fresh", fresh, inputs | tasks)]
     for number, which in enumerate(chat_models):
-        specs += _solving_nodes(measured, chat, which)
+        # Reinforcement learning is judged by the model before it and the one after.
+        further = chat.pass_at_k if "rlvr" in chat_models[number : number + 2] else None
+        specs += _solving_nodes(measured, chat, which, further)
         if number and chat.items.courtesies > 1:
             # Each model is compared with the one before; one of online RLHF with the last before preferences.
             previous = chat_models[number - 2 if which == "online-rlhf" else number - 1]
@@ -210,15 +242,18 @@ def chat_nodes(measured: Measured, chat_models: Sequence[str], before: Sequence[
     return specs
 
 
-def _solving_nodes(measured: Measured, chat: ChatSection, which: str) -> list[NodeSpec]:
+def _solving_nodes(measured: Measured, chat: ChatSection, which: str, further: FurtherSamples | None) -> list[NodeSpec]:
     """Returns the nodes in which a model answers the items, and the items drawn after training."""
     items = sum(measured.section.problems.values()) + chat.items.courtesies
-    tokens = items * (QUESTION_TOKENS + chat.max_new_tokens) * chat.num_samples
+    answers = items * chat.num_samples
+    if further:
+        answers += further.num_samples * sum(min(further.items, n) for n in measured.section.problems.values())
+    tokens = answers * (QUESTION_TOKENS + chat.max_new_tokens)
     expected = _expected(measured, measured.models[which], tokens, count(items, pass_at_k.ITEMS_PER_BATCH))
     config = _generation(measured, chat) | {"expected": expected, "num_samples": chat.num_samples}
     model = f"export-{which}"
     return [
-        NodeSpec(f"solve-{which}", "solve", config, {"model": model, "items": "items"}),
+        NodeSpec(f"solve-{which}", "solve", config | {"pass_at_k": further}, {"model": model, "items": "items"}),
         NodeSpec(f"fresh-solve-{which}", "solve", config, {"model": model, "items": "fresh"}),
     ]
 

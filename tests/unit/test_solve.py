@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from itertools import combinations
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
-from pipeline.core.errors import AtomError
-from pipeline.core.store import Artifact
+from pipeline.core.errors import AtomError, RecipeError
+from pipeline.core.stage import identity
+from pipeline.core.store import Artifact, Store
+from pipeline.graph import dag
+from pipeline.graph import recipe as recipes
+from release.cards.chat_tables import sharpening
 from stages.confidence import clustered, pass_at, powers_of_two, wilson
 from stages.evaluation import pass_at_k
-from tests.fixtures import chat_fixtures
+from stages.evaluation.settings import ChatSection
+from tests.fixtures import ROOT, chat_fixtures
 from tests.fixtures.run_fixtures import evaluate_in_shards
 
 CONFIG = {"num_samples": 3, "max_new_tokens": 6, "seed": 0}
@@ -103,3 +110,63 @@ def test_another_split_and_a_kind_with_one_item(run_stage, inputs, tmp_path: Pat
         run_stage(pass_at_k.STAGE, CONFIG, {**inputs, "items": few})
     with pytest.raises(AtomError, match="have no item in split validation; ask for more in evaluation.chat"):
         run_stage(pass_at_k.STAGE, {**CONFIG, "split": "validation"}, {**inputs, "items": few})
+
+
+def test_further_answers_to_some_problems_leave_the_other_figures_as_they_are(run_stage, inputs) -> None:
+    plain = run_stage(pass_at_k.STAGE, CONFIG, inputs)
+    config = {**CONFIG, "pass_at_k": {"items": 2, "num_samples": 5}}
+
+    further = run_stage(pass_at_k.STAGE, config, inputs)
+
+    scores, before = further.json("scores.json"), plain.json("scores.json")
+    for kind in ("add", "sort"):
+        subset = scores["problems"][kind].pop("at_subset")
+        assert {k: part["pass"]["n"] for k, part in subset.items()} == {"1": 2, "2": 2, "4": 2, "5": 2}
+        # Answers of a random model are wrong, and as long as allowed or ended by chance.
+        assert subset["5"]["tokens"] == pytest.approx(5 * subset["1"]["tokens"])
+    assert scores["problems_all"].pop("at_subset")["5"]["pass"]["n"] == 4
+    assert scores == before
+    counts = Counter(row["id"] for row in chat_fixtures.table(further, "answers.parquet") if row["sample"] >= 0)
+    assert Counter(counts.values()) == {5: 4, 3: 6, 1: 12}
+
+
+def test_the_card_tells_learning_from_sharpening() -> None:
+    def scores(right: list[int]) -> dict:
+        rows = [
+            answer(str(n), sample, "1", sample < k) for n, k in enumerate(right) for sample in range(4 + 4 * (n < 3))
+        ]
+        rows += [answer(str(n), -1, "1", 1) for n in range(len(right))]
+        return dict(pass_at_k.summary(rows))
+
+    before, after = scores([1, 4, 0, 2]), scores([8, 8, 0, 2])
+
+    lines = sharpening({"sft": before, "rlvr": after, "dpo": {**before, "problems": {}, "problems_all": None}})
+
+    head, _, *cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[2:]]
+    assert head == ["kind", "k", "problems", "after SFT", "after RLVR", "change"]
+    table = {(row[0], row[1]): row[2:] for row in cells}
+    assert list(table) == [(kind, k) for kind in ("add", "all problems") for k in ("1", "2", "4", "8")]
+    # Both models solve the same two problems of three: the second only more often.
+    assert table["add", "1"] == ["3", "0.208 (0.027 to 0.718)", "0.667 (0.208 to 0.939)", "0.458 (-0.227 to 0.785)"]
+    assert table["add", "8"][3].startswith("0.000 (-0.") and table["add", "8"][1] == "0.667 (0.208 to 0.939)"
+    assert sharpening({}) == []
+
+
+def test_further_answers_are_for_the_models_before_and_after_rlvr(tmp_path: Path) -> None:
+    graph = dag.compose(recipes.load("atom-tiny"), Store(tmp_path))
+
+    solved = {name: node.config for name, node in graph.nodes.items() if node.stage.name == "solve"}
+
+    further = {name for name, config in solved.items() if config.pass_at_k}  # type: ignore[attr-defined]
+    assert further == {"solve-sft", "solve-rlvr"} and len(solved) == 8
+    assert "pass_at_k" not in identity(solved["solve-dpo"])
+    without = ROOT.joinpath("pipeline/recipes/atom-tiny.yaml").read_text().partition("\nrlvr:")
+    rest = without[2].partition("\nevaluation:")[2]
+    (tmp_path / "r.yaml").write_text(f"{without[0]}\nevaluation:{rest}")
+    with pytest.raises(RecipeError, match="pass_at_k compares the models before and after reinforcement learning"):
+        dag.compose(recipes.load(str(tmp_path / "r.yaml")), Store(tmp_path))
+
+
+def test_further_answers_must_be_more() -> None:
+    with pytest.raises(ValidationError, match="pass_at_k.num_samples = 3 is not more than num_samples = 3"):
+        ChatSection(items={}, num_samples=3, pass_at_k={"items": 2, "num_samples": 3})  # type: ignore[arg-type]
