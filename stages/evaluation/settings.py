@@ -17,6 +17,7 @@ from pipeline.core.stage import Config, added
 from pipeline.graph.dag import NodeSpec
 from stages.data.recipe import DataRecipe
 from stages.evaluation import estimates, pass_at_k, win_rate
+from stages.evaluation.baselines import BaselinesSection
 from stages.evaluation.bits_per_byte import HeldoutLimit
 from stages.evaluation.estimates import DOCUMENT_TOKENS, QUESTION_TOKENS, count
 from stages.evaluation.long_context import ContextSection
@@ -90,6 +91,8 @@ class EvaluationSection(Config):
     """evaluation in conversations; null: none"""
     context: ContextSection | None = added(None)
     """evaluation on long texts: passkeys and loss by position; null: none"""
+    baselines: BaselinesSection = added(BaselinesSection())
+    """baselines beside bits per byte"""
     harness: HarnessSection | None = added(None)
     """task sets of lm-evaluation-harness; null: none"""
     engine: Engine = Engine()
@@ -171,6 +174,19 @@ def heldout_node(measured: Measured, model: ExportedModel) -> NodeSpec:
     config = heldout_config(measured, model) | {"context": measured.section.context}
     inputs = {"model": f"export-{model.name}", "dedup": "dedup", "items": "items"}
     return NodeSpec(f"evaluate-{model.name}", "evaluate", config, inputs)
+
+
+def baselines_node(measured: Measured) -> NodeSpec:
+    """Returns the node of the baselines, which score the same documents as every model before them."""
+    section, data = measured.section, measured.data
+    config = {
+        **section.baselines.model_dump(),
+        "heldout_documents": section.heldout_documents,
+        "parts": data.parts,
+        "expected": data.expected,
+    }
+    inputs = {"dedup": "dedup"} | {f"evaluate-{name}": f"evaluate-{name}" for name in measured.models}
+    return NodeSpec("baselines", "baselines", config, inputs)
 
 
 def chat_nodes(measured: Measured, chat_models: Sequence[str], before: Sequence[NodeSpec]) -> list[NodeSpec]:
