@@ -59,19 +59,18 @@ SAMPLE = {"text": "string"}
 
 
 class BaselineScore(TypedDict):
-    """What the models of bytes need for the scored part of a document.
-
-    Attributes:
-        bytes: Bytes of the scored part. Models with different contexts score different parts, one row for each.
-        unigram_bits: Minus log2 of its probability by the frequencies of single bytes.
-        ngram_bits: The same by the n-gram model.
-    """
+    """What the models of bytes need for the scored part of a document."""
 
     source: String
+    """name of the source"""
     id: String
+    """id of the document"""
     bytes: Int64
+    """bytes of the scored part; models with different contexts score different parts"""
     unigram_bits: Double
+    """minus log2 of its probability by the frequencies of single bytes"""
     ngram_bits: Double
+    """minus log2 of its probability by the n-gram model"""
 
 
 BASELINE_SCORES = columns_of(BaselineScore)
@@ -100,7 +99,7 @@ class BaselinesConfig(BaselinesSection):
 
 
 def run(config: BaselinesConfig, inputs: Inputs, work: Path, out: Path, report: Report) -> None:
-    """Seals `documents.parquet`, one row for each scored part of a document, and `report.json`.
+    """Seals `baselines.parquet`, one row for each scored part of a document, and `report.json`.
 
     Resumes after the last part of the training text. One pass over this text takes 0.03 core seconds a MB, and memory
     for the hashes of the held-out text, 9 bytes a byte. Then the sample of one source at a time is in memory; xz takes
@@ -141,7 +140,7 @@ def run(config: BaselinesConfig, inputs: Inputs, work: Path, out: Path, report: 
         longest = [_cut(texts, *cut) for cut in dict(distinct).items()]
         covered, size = sum(covered_bytes(text, repeated) for text in longest), sum(map(len, longest))
         overlap[source] = {"value": covered / size, "bytes": size}
-    write_rows(out / "documents.parquet", BASELINE_SCORES, rows)
+    write_rows(out / "baselines.parquet", BASELINE_SCORES, rows)
     body: BaselineReport = {
         "order": config.order,
         "models": {model: summary(documents, rows, xz[model]) for model, documents in models.items()},

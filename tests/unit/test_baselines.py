@@ -81,7 +81,7 @@ def run(inputs: dict[str, Artifact], tmp_path: Path, **settings: Any) -> tuple[d
     work.mkdir(exist_ok=True)
     config = BaselinesConfig(heldout_documents=10, **settings)
     baselines.run(config, inputs, work, out, Silent())
-    return json.loads((out / "report.json").read_text()), table.read_table(out / "documents.parquet").to_pylist()
+    return json.loads((out / "report.json").read_text()), table.read_table(out / "baselines.parquet").to_pylist()
 
 
 def test_each_model_is_compared_on_its_own_bytes(inputs, tmp_path):
