@@ -30,7 +30,7 @@ def worse(model: ModelFacts) -> Iterator[str]:
             sources.append(f"{source}: {' and '.join(lost)}")
     if sources:
         yield (
-            "**A simple program needs fewer bits per byte than this model** of held-out text of these sources: "
+            "**A simple program encodes held-out text in fewer bits than this model**, in bits per byte by source: "
             f"{'; '.join(sources)}. The program knows the training text of the source."
         )
 
