@@ -200,7 +200,8 @@ def window_hashes(text: bytes) -> Hashes:
     sums = np.concatenate([np.zeros(1, np.uint64), np.cumsum(codes * powers)])
     # The sum over a window, divided by the power of its first byte: the same wherever the window is.
     inverses = np.cumprod(np.full(max(0, len(sums) - WINDOW), pow(MULTIPLIER, -1, 2**64), np.uint64))
-    return (sums[WINDOW:] - sums[:-WINDOW]) * inverses
+    hashes: Hashes = (sums[WINDOW:] - sums[:-WINDOW]) * inverses
+    return hashes
 
 
 def covered_bytes(text: bytes, matched: Hashes) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import lzma
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 
 from pipeline.core.parts import part_file
 from pipeline.core.store import Artifact
+from release.checks.scores import score_problems
 from stages.confidence import ratio
 from stages.evaluation import baselines
 from stages.evaluation.baselines import BaselinesConfig
@@ -153,3 +155,18 @@ def test_windows_are_equal_where_their_bytes_are(length):
     assert len(hashes) == len(windows)
     assert len(set(hashes)) == len(set(windows))
     assert len(set(zip(hashes, windows, strict=True))) == len(set(windows))
+
+
+def test_the_check_of_scores_computes_the_figures_again(inputs, tmp_path):
+    report, rows = run(inputs, tmp_path, order=3)
+    evaluation = tmp_path / "dataset/evaluation"
+    for model in ("base", "long"):
+        shutil.copytree(tmp_path / model, evaluation / model)
+    table.write_rows(evaluation / "baselines/baselines.parquet", baselines.BASELINE_SCORES, rows)
+    table.write_json(evaluation / "baselines/report.json", report)
+    assert score_problems(evaluation) == []
+
+    report["models"]["long"]["prose"]["less_ngram"]["value"] -= 0.1
+    table.write_json(evaluation / "baselines/report.json", report)
+
+    assert score_problems(evaluation) == ["evaluation/baselines/report.json is not what its tables give"]
