@@ -217,7 +217,9 @@ def covered_bytes(text: bytes, matched: Hashes) -> int:
 
 def _documents(inputs: Inputs) -> dict[str, list[DocumentScore]]:
     """Returns the scored documents of each model, in the order of the models' names."""
-    tables = {role.removeprefix(ROLE): inputs[role] / "documents.parquet" for role in sorted(inputs) if ROLE in role}
+    tables = {
+        role.removeprefix(ROLE): inputs[role] / "documents.parquet" for role in sorted(inputs) if role.startswith(ROLE)
+    }
     return {model: read_table(path, list(DOCUMENT_SCORES)).to_pylist() for model, path in tables.items()}
 
 
