@@ -19,6 +19,7 @@ from stages.data.recipe import DataRecipe, extension_modules
 from stages.data.recipe import loads as load_data_recipe
 from stages.evaluation.settings import (
     Measured,
+    baselines_node,
     chat_nodes,
     harness_nodes,
     heldout_config,
@@ -82,6 +83,7 @@ STAGES = {
     "fresh": "stages.evaluation.generated_eval",
     "prefer": "stages.evaluation.win_rate",
     "contamination": "stages.evaluation.contamination",
+    "baselines": "stages.evaluation.baselines",
     "harness": "stages.evaluation.harness",
     "variant": "stages.export.variants.stage",
 }
@@ -156,6 +158,7 @@ def compose(recipe: Recipe, store: Store, without_data: bool = False) -> Graph:
     for name, model in models.items():
         specs.append(export_node(model, name in chat_models, vocabulary, evaluation.parity_tolerance, seed))
         specs.append(heldout_node(measured, model))
+    specs.append(baselines_node(measured))
     if config.sft:
         specs += chat_nodes(measured, chat_models, specs)
     specs += harness_nodes(measured, benchmarks)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from release import signing
-from release.cards import caveats, tables
+from release.cards import baseline_tables, caveats, tables
 from release.facts import run_facts
 from release.facts.data_facts import OrderFacts
 from release.facts.model_facts import ModelFacts
@@ -37,6 +37,7 @@ def facts_of(release: Release) -> dict[str, Any]:
         models: {folder: {measure: {value, se}}} in the order of training.
         pass_at_1: Of chat models.
         caveats: The sentences at the head of the final model's card.
+        baselines: A sentence for each source on the final model beside its baselines.
         gates: {name: ok}, null if there was nothing to judge.
         key: Fingerprint of the key beside the signature, unchecked, or None.
         identity: The one in a signature without a key, unchecked, or None.
@@ -70,6 +71,7 @@ def facts_of(release: Release) -> dict[str, Any]:
         "seen": {phase: _steps_and_tokens(figures) for phase, figures in data.order.items()},
         "models": {folder: _scores(model) for folder, model in models.items()},
         "caveats": caveats.caveat_sentences(final),
+        "baselines": list(baseline_tables.in_words(final)),
         "pass_at_1": pass_at_1(data.chat.get("test", {})),
         "checkpoints": [row.branch for row in release.checkpoints],
         "gates": {name: gate["ok"] for name, gate in sorted(read_json(release.root / GATES).items())},
@@ -170,6 +172,12 @@ def text(facts: dict[str, Any], width: int = WIDTH) -> str:
         figures += [tables.with_error(drawn, 3) if drawn else ""] if chat else []
         quality.add_row(folder, *figures)
     console.print(quality)
+
+    # The final model beside its baselines.
+    if lines := facts["baselines"]:
+        console.print("\nbits per byte beside baselines that know the training text")
+        for sentence in lines[:MOST_ROWS]:
+            console.print(Padding(sentence, (0, 0, 0, 2)))
 
     # The first caveats of the final model's card.
     console.print("\nknow before any figure")

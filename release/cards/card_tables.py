@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, Literal, TypeVar
 
-from release.cards import caveats, chat_tables, document_tables, tables
+from release.cards import baseline_tables, caveats, chat_tables, document_tables, tables
 from release.facts.data_facts import DataFacts
 from release.facts.model_facts import ModelFacts
 from release.facts.run_facts import Changes, Costs, Intervention, Trained
@@ -108,6 +108,7 @@ MODEL_TABLES: tuple[CardTable[ModelFacts], ...] = (
     CardTable("headline", tables.headline),
     # Scores, and what computed them.
     CardTable("evaluation", lambda model: tables.evaluation(model.scores)),
+    CardTable("baselines", baseline_tables.comparison),
     CardTable("engines", tables.engines),
     CardTable("text_items", lambda model: tables.text_items(model.scores), heading="Items of held-out text"),
     CardTable("prediction", tables.prediction, heading="Prediction and result"),

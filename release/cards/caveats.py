@@ -1,5 +1,6 @@
 """The caveats at the top of a card: sentences that follow from the figures by rule.
 
+- The sources whose held-out text a baseline encodes in fewer bits than the model.
 - The task: the share of held-out requests in which the model does it, if the reward measures that (the part `task`).
 - A rise of a reward from one phase to the next without a measured rise of its task: of the mean reward on held-out
 requests, of a win rate, and of the reward that a phase was trained on. Likewise a rise beside a part of the reward that
@@ -15,6 +16,7 @@ import math
 from collections.abc import Iterator, Mapping
 from itertools import pairwise
 
+from release.cards import baseline_tables
 from release.cards.tables import count, title, titles, with_error, with_interval
 from release.facts.model_facts import ModelFacts
 from release.facts.score_facts import ChatScores
@@ -22,8 +24,9 @@ from stages.confidence import Figure, Mean
 from stages.evaluation.settings import SURE
 
 RULE = (
-    "By rule from the figures below: what got worse from one phase to the next by more than a standard error of the "
-    f"difference, and every reward that rose by more than {SURE} of them where its task did not, or a part of it fell."
+    "By rule from the figures below: where xz or byte n-grams need fewer bits than the model, what got worse from one "
+    "phase to the next by more than a standard error of the difference, and every reward that rose by more than "
+    f"{SURE} of them where its task did not, or a part of it fell."
 )
 NONE = "No reward rose without its task, and nothing that was measured got worse from one phase to the next."
 
@@ -31,6 +34,7 @@ NONE = "No reward rose without its task, and nothing that was measured got worse
 def caveat_sentences(model: ModelFacts) -> list[str]:
     """Returns the caveats that follow from the facts of one model, which its repository alone can prove."""
     sentences = [
+        *baseline_tables.worse(model),
         *_task_sentence(model),
         *_reward_without_task(model),
         *_trained_reward_without_task(model),

@@ -145,7 +145,7 @@ def passkeys(scores: dict[str, ModelScores]) -> list[str]:
 
 def twins(sizes: Sequence[Trained]) -> list[str]:
     """Returns the base model and its dense twins with their bits per byte; none without twins."""
-    body = []
+    body: list[list[str]] = []
     for size in sizes:
         if size.bits and size.difference:
             change, half = size.difference["value"], Z95 * size.difference["se"]

@@ -19,10 +19,12 @@ from typing import Any
 from release.checks.check import BuildContext, Findings
 from release.facts.published_tables import read_json, stream_rows
 from release.facts.score_facts import (
+    BASELINES,
     CONTAMINATION,
     HARNESS,
     TEXT_ITEMS,
     chat_tables_of,
+    compute_baselines,
     compute_chat_scores,
     compute_harness,
     compute_scores,
@@ -52,6 +54,10 @@ def score_problems(evaluation: Path) -> list[str]:
         if not _equals_measured(folder / "scores.json", compute_scores(folder))
     ]
     problems += _text_item_problems(evaluation)
+    if (baselines := evaluation.parent / BASELINES).exists():
+        stated = read_json(baselines)["models"]
+        if stated != json.loads(json.dumps(compute_baselines(evaluation))):
+            problems.append(f"{BASELINES} is not what its tables give")
     for benchmark, models in compute_chat_scores(evaluation).items():
         for table in chat_tables_of(evaluation, benchmark):
             path, measured = table.with_name("scores.json"), models[table.parent.name]

@@ -13,6 +13,7 @@ from release.facts import forecast, training
 from release.facts.forecast import Outcome, Prediction
 from release.facts.published_tables import read_json
 from release.facts.score_facts import (
+    BASELINES,
     CHAT_BENCHMARKS,
     CONTAMINATION,
     HARNESS,
@@ -23,7 +24,7 @@ from release.facts.score_facts import (
 from release.facts.training import PhaseLog
 from release.layout import CHAT, GOLDENS, when
 from release.untrusted import tensor_header
-from stages.evaluation.scores import ContaminationReport, ModelScores
+from stages.evaluation.scores import BaselineReport, ContaminationReport, ModelScores
 from stages.train.imported_weights import NAME as BASE
 
 CONFIG_KEYS = (
@@ -65,6 +66,7 @@ class ModelFacts:
             descends from.
         chat: The same by benchmark.
         contamination: The report; None without one.
+        baselines: Those of bits per byte, for all models; None if they were not measured.
         training: By phase.
         harness: Its results on task sets; None if it was not measured.
         prediction: The prediction that was sealed before training; None without one.
@@ -80,6 +82,7 @@ class ModelFacts:
     scores: dict[str, ModelScores]
     chat: dict[str, ChatScores] = field(default_factory=dict)
     contamination: ContaminationReport | None = None
+    baselines: BaselineReport | None = None
     training: dict[str, PhaseLog] = field(default_factory=dict)
     harness: HarnessFacts | None = None
     prediction: Prediction | None = None
@@ -145,6 +148,7 @@ def read_model_facts(model: Path) -> ModelFacts:
         scores=scores,
         chat={name: _scores_by_model(folder / name) for name in CHAT_BENCHMARKS if (folder / name).is_dir()},
         contamination=read_json(report) if report.exists() else None,
+        baselines=read_json(model / BASELINES) if (model / BASELINES).exists() else None,
         training={phase: training.log_facts(training.read(log, training.FIGURES)) for phase, log in logs},
         harness=read_harness(folder / HARNESS),
         prediction=prediction,

@@ -15,7 +15,7 @@ from typing import Any, cast
 from release.facts.published_tables import read_json, read_rows, stream_rows
 from release.layout import when
 from stages.evaluation.pass_at_k import GREEDY
-from stages.evaluation.scores import HarnessScores, ModelScores
+from stages.evaluation.scores import HarnessScores, ModelScores, SourceBaselines
 from stages.formats.table import read_jsonl
 
 ChatScores = dict[str, Any]
@@ -26,6 +26,8 @@ CONTAMINATION = "evaluation/contamination/report.json"
 """The folder with what models give away of their training data, in `evaluation/`: by model in a dataset repository, of
 the model itself in its own."""
 
+BASELINES = "evaluation/baselines/report.json"
+"""The report on the baselines of bits per byte, in a dataset repository and in that of each model."""
 
 HARNESS = "harness"
 """The folder with the results of lm-evaluation-harness, in the same places."""
@@ -41,6 +43,22 @@ def compute_scores(folder: Path) -> ModelScores:
     # The first two tables must exist, so a missing one raises an error; the others come with long contexts.
     tables: list[Any] = [read_rows(path) if path.is_file() or path in files[:2] else [] for path in files]
     return cast(ModelScores, {**summary(*tables), **_stated(folder, "engine")})
+
+
+def compute_baselines(evaluation: Path) -> dict[str, dict[str, SourceBaselines]]:
+    """Returns the figures of the baselines, recomputed from the tables and the stated bits of xz."""
+    from stages.evaluation.baselines import summary
+
+    stated = read_json(evaluation.parent / BASELINES)["models"]
+    rows: Any = read_rows(evaluation / "baselines/baselines.parquet")
+    return {
+        model: summary(
+            cast(Any, read_rows(evaluation / model / "documents.parquet")),
+            rows,
+            {source: figures["xz"]["bits"] for source, figures in by_source.items()},
+        )
+        for model, by_source in stated.items()
+    }
 
 
 def compute_chat_scores(evaluation: Path) -> dict[str, ChatScores]:

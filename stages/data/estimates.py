@@ -61,6 +61,7 @@ LAWS = {
     "representatives": Law(0.005, 0.1, 0.35e9, 0.0, 0.02),
     "dedup": Law(0.01, 0.1, 0.5e9, 0.0, 0.46),
     "tokenize": Law(0.06, 0.1, 0.3e9, 0.0, 1.0),
+    "baselines": Law(0.03, 0.1, 1.0e9, 0.0, 0.0),
     "contamination": Law(0.06, 0.5, 0.3e9, 0.0, 0.0),
     "fresh": Law(0.06, 0.5, 0.3e9, 0.0, 0.0),
 }

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
@@ -33,7 +33,7 @@ from stages.data.curate.dedup_stage import DedupSource
 from stages.data.curate.duplicates_stage import SearchedSource
 from stages.data.curate.filter_stage import FilteredSource
 from stages.data.curate.filters.base import Filter
-from stages.data.curate.settings import CurationSettings, SourceParts
+from stages.data.curate.settings import CurationSettings, SourceParts, WorkPattern
 from stages.data.curate.steps import MAX_STEPS, AnyFilter
 from stages.data.estimates import Size
 from stages.formats.table import HeldoutFraction
@@ -45,6 +45,9 @@ class SourceConfig(Source):
 
     heldout_fraction: HeldoutFraction | None = None
     """held-out fraction of this source; null: that of the data recipe, and 0 for problems"""
+    work: WorkPattern | None = None
+    """with heldout_by: work, a regular expression that is searched in a document's id, a space and its origin, and
+    whose first group names its work; null: that of the reader, such as package or host, or each document by itself"""
     license_allow: Licenses = added(())
     """SPDX licenses of documents that are kept; of `A OR B` one must be listed, of `A AND B` both; empty: all"""
     steps: tuple[AnyFilter, ...] = Field((), max_length=MAX_STEPS)
@@ -91,6 +94,9 @@ class DataRecipe(Config):
     the keys"""
     heldout_fraction: HeldoutFraction = 0.05
     """share of documents, by content hash, held out from training; 0 for problems"""
+    heldout_by: Literal["document", "work"] = "document"
+    """what is held out: single documents, or all documents of a work, such as a package, so that none of it is
+    trained on; the share is then one of works"""
 
     @model_validator(mode="after")
     def _check_distinct(self) -> DataRecipe:
@@ -185,7 +191,8 @@ class DataRecipe(Config):
     def dedup_config(self) -> dict[str, Any]:
         """Returns the config of stage dedup for all sources."""
         sources = [
-            _fields_of(source, DedupSource) | {"heldout_fraction": self.heldout_fraction_of(source)}
+            _fields_of(source, DedupSource)
+            | {"heldout_fraction": self.heldout_fraction_of(source), "work": self.work_of(source)}
             for source in self.sources
         ]
         minhash, alarm_share = self.curation.model_dump()["minhash"], self.curation.alarm_share
@@ -270,6 +277,12 @@ class DataRecipe(Config):
         if source.heldout_fraction is not None:
             return source.heldout_fraction
         return 0.0 if source.kind == "problems" else self.heldout_fraction
+
+    def work_of(self, source: SourceConfig) -> str:
+        """Returns the pattern of the works of a source that are held out as a whole; empty for single documents."""
+        if self.heldout_by == "document":
+            return ""
+        return source.reader.work if source.work is None else source.work
 
 
 def _fields_of(source: SourceConfig, kind: type[Config]) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """The fields of the JSON files of evaluation, which cards, gates and checks of a release read.
 
-They are `scores.json` of the stages evaluate, solve, prefer and harness, and `report.json` of the stage
-contamination.
+They are `scores.json` of the stages evaluate, solve, prefer and harness, and `report.json` of the stages
+baselines and contamination.
 
 Each has `engine`, the package and version of vLLM, if a server computed it; without, transformers did, in fp32.
 
@@ -84,6 +84,66 @@ class ModelScores(LongContextScores):
     """items of held-out text, by kind, if the recipe has some"""
     engine: NotRequired[str]
     """package and version of the engine, below"""
+
+
+class Compressed(TypedDict):
+    """What xz needs for the documents of a source: `bits`, and their number for each byte as `value`."""
+
+    value: float
+    bits: int
+
+
+class SourceBaselines(TypedDict):
+    """Bits per byte of baselines on the documents of one source that a model was scored on.
+
+    Attributes:
+        xz: Of xz, with the training text before the documents.
+        ngram: Of the byte n-gram model.
+        unigram: Of the frequencies of single bytes.
+        less_ngram: Of the model, less those of the n-gram model, with the standard error over the same documents.
+    """
+
+    xz: Compressed
+    ngram: Ratio
+    unigram: Ratio
+    less_ngram: Ratio
+
+
+class KnownText(TypedDict):
+    """The training text of a source that the baselines know.
+
+    Attributes:
+        documents: Its documents.
+        bytes: Its bytes.
+        all_bytes: The bytes of the source's whole training split.
+    """
+
+    documents: int
+    bytes: int
+    all_bytes: int
+
+
+class Overlap(TypedDict):
+    """The share of the scored bytes of a source that are in matches with the training split."""
+
+    value: float
+    bytes: int
+
+
+class BaselineReport(TypedDict):
+    """`report.json` of the stage baselines.
+
+    Attributes:
+        order: The order of the n-gram model.
+        models: Figures by model and source.
+        training: By source.
+        overlap: By source.
+    """
+
+    order: int
+    models: dict[str, dict[str, SourceBaselines]]
+    training: dict[str, KnownText]
+    overlap: dict[str, Overlap]
 
 
 class AnswerStatistics(TypedDict):

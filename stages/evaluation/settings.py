@@ -17,6 +17,7 @@ from pipeline.core.stage import Config, added
 from pipeline.graph.dag import NodeSpec
 from stages.data.recipe import DataRecipe
 from stages.evaluation import estimates, pass_at_k, win_rate
+from stages.evaluation.baselines import BaselinesSection
 from stages.evaluation.bits_per_byte import HeldoutLimit
 from stages.evaluation.estimates import DOCUMENT_TOKENS, QUESTION_TOKENS, count
 from stages.evaluation.long_context import ContextSection
@@ -105,6 +106,8 @@ class EvaluationSection(Config):
     """evaluation on long texts: passkeys and loss by position; null: none"""
     text_items: TextItems | None = added(None)
     """evaluation items that are made of held-out text, with an n-gram baseline; null: none"""
+    baselines: BaselinesSection = added(BaselinesSection())
+    """baselines beside bits per byte"""
     harness: HarnessSection | None = added(None)
     """task sets of lm-evaluation-harness; null: none"""
     engine: Engine = Engine()
@@ -201,6 +204,19 @@ def text_item_nodes(section: EvaluationSection, without: Sequence[str]) -> list[
     # Nothing is shown of a source by reference, so nothing is asked about it.
     config = {**section.text_items.model_dump(), "without": without}
     return [NodeSpec(TEXT_ITEMS, TEXT_ITEMS, config, {"dedup": "dedup"})]
+
+
+def baselines_node(measured: Measured) -> NodeSpec:
+    """Returns the node of the baselines, which score the same documents as every model before them."""
+    section, data = measured.section, measured.data
+    config = {
+        **section.baselines.model_dump(),
+        "heldout_documents": section.heldout_documents,
+        "parts": data.parts,
+        "expected": data.expected,
+    }
+    inputs = {"dedup": "dedup"} | {f"evaluate-{name}": f"evaluate-{name}" for name in measured.models}
+    return NodeSpec("baselines", "baselines", config, inputs)
 
 
 def chat_nodes(measured: Measured, chat_models: Sequence[str], before: Sequence[NodeSpec]) -> list[NodeSpec]:

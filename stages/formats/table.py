@@ -513,6 +513,6 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
 
 
-def split_of(content_hash: str, heldout_fraction: float) -> str:
-    """Returns the split of a document, by the hash of its text only."""
-    return "heldout" if int(content_hash[:16], 16) < heldout_fraction * 2**64 else "train"
+def split_of(hash: str, heldout_fraction: float) -> str:
+    """Returns the split of a document, by the hash of its text or of its work only."""
+    return "heldout" if int(hash[:16], 16) < heldout_fraction * 2**64 else "train"

@@ -279,7 +279,7 @@ class Trainer(ABC):
             "rng": self.rng,
             "config": identity(self.config),
             **self.engine.router_state(),  # type: ignore[typeddict-item]
-            **self.state(step),  # type: ignore[typeddict-item]
+            **self.state(step),
         }
         # The lines before a checkpoint have to be on the disk before the checkpoint states their size.
         self.log.flush()

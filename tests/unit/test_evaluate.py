@@ -168,7 +168,7 @@ def test_thresholds_that_judge_results_are_in_no_stages_code() -> None:
     """Another threshold makes no evaluation stale."""
     stages = registry.stages()
     assert "stages.evaluation.model_evaluation" in code_digests(stages["evaluate"])
-    for name in ("evaluate", "solve", "fresh", "prefer", "contamination", "items"):
+    for name in ("evaluate", "solve", "fresh", "prefer", "contamination", "baselines", "items"):
         assert "stages.evaluation.settings" not in code_digests(stages[name]), name
 
 

@@ -49,6 +49,7 @@ def test_an_entry_is_a_copy_or_states_how_it_is_made() -> None:
         ("variant-fp8", "items.parquet", ["variant-fp8/evaluation/items.parquet"]),
         ("contamination", "report.json",
          ["dataset/evaluation/contamination/report.json", "model/evaluation/contamination/report.json"]),
+        ("baselines", "baselines.parquet", ["dataset/evaluation/baselines/baselines.parquet"]),
         ("filter", "unknown.bin", []),
     ],
 )  # fmt: skip

@@ -114,14 +114,14 @@ def changed_keys(tmp_path: Path, **changes: Any) -> set[str]:
 def test_a_changed_field_changes_the_keys_of_what_depends_on_it_and_no_others(tmp_path: Path) -> None:
     models, chatty = ("mid", "sft", "rlvr"), ("sft", "rlvr")
     after_midtrain = {f"{stage}-{model}" for stage in ("export", "evaluate") for model in models} | {"sft", "rlvr"}
-    after_midtrain |= {"fresh", "contamination", "prefer-rlvr"}
+    after_midtrain |= {"fresh", "contamination", "baselines", "prefer-rlvr"}
     after_midtrain |= {f"{stage}-{model}" for stage in ("solve", "fresh-solve") for model in chatty}
     assert changed_keys(tmp_path, midtrain__optimizer__lr=1e-3) == {"midtrain"} | after_midtrain
     assert changed_keys(tmp_path, midtrain__steps=200) == {"order-midtrain", "midtrain"} | after_midtrain
     evaluated = {f"evaluate-{model}" for model in ("init", "base", *models)}
-    assert changed_keys(tmp_path, evaluation__max_new_tokens=9) == evaluated | {"contamination"}
+    assert changed_keys(tmp_path, evaluation__max_new_tokens=9) == evaluated | {"contamination", "baselines"}
     assert changed_keys(tmp_path, rlvr__tis_cap=1.5) == {name for name in after_midtrain if "rlvr" in name} | {
-        "fresh", "contamination", "fresh-solve-sft",
+        "fresh", "contamination", "baselines", "fresh-solve-sft",
     }  # fmt: skip
     assert changed_keys(tmp_path, tokenizer__vocab_size=400) == {
         name

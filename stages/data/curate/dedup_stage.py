@@ -12,14 +12,16 @@ from pydantic import Field
 from pipeline.core.bounds import MOST_SOURCES
 from pipeline.core.errors import AtomError
 from pipeline.core.parts import Part, link_parts, seal_part, shards_of
-from pipeline.core.stage import Estimate, Inputs, Report, Stage, operational
+from pipeline.core.stage import Estimate, Inputs, Report, Stage, added, operational
 from stages.data import estimates
 from stages.data.curate.alarms import Acknowledged, AlarmShare, dedup_losses, require_acknowledged
-from stages.data.curate.settings import DeduplicationConfig, SourceParts, no_counts
+from stages.data.curate.settings import DeduplicationConfig, SourceParts, WorkPattern, no_counts
 from stages.data.estimates import Size
 from stages.formats.table import HeldoutFraction, write_json
 
 VERSION = 4
+# Held-out works that the note names.
+SHOWN_WORKS = 20
 
 
 class DedupSource(SourceParts):
@@ -27,6 +29,9 @@ class DedupSource(SourceParts):
 
     heldout_fraction: HeldoutFraction
     """share of documents held out from training"""
+    work: WorkPattern = added("")
+    """searched in id and origin of a document; its first group names the work, which is held out as a whole; empty:
+    each document by itself"""
     acknowledged_removals: Acknowledged = operational({})
     """by rule, the share of the source that it may remove"""
     expected: Size | None = operational(None)
@@ -55,7 +60,12 @@ def run(config: DedupConfig, inputs: Inputs, work: Path, out: Path, report: Repo
         sealed.append(_seal_part(config, inputs, work, number))
         report.progress(len(sealed), count, "parts")
     link_parts(sealed, out)
-    summary = _summarize(config, [part.facts for part in sealed], inputs["filter"].json("edits.json"))
+    facts = [part.facts for part in sealed]
+    for source in (source for source in config.sources if source.work):
+        rows = (row for part, row in zip(config.parts(), facts, strict=True) if part.source == source.name)
+        works = sorted({work for row in rows for work in row["works"]})
+        report.note(f"{source.name}: held out {len(works)} works: {', '.join(works[:SHOWN_WORKS])}")
+    summary = _summarize(config, facts, inputs["filter"].json("edits.json"))
     write_json(out / "summary.json", summary)
     for name, counts in summary["sources"].items():
         rules = ", ".join(f"{rule} {n}" for rule, n in counts["removed"].most_common())
@@ -91,6 +101,7 @@ def _seal_part(config: DedupConfig, inputs: Inputs, work: Path, shard: int) -> P
                 inputs["filter"].path,
                 part,
                 source.heldout_fraction,
+                source.work,
                 exact,
                 near,
                 representatives,
@@ -124,7 +135,7 @@ def _summarize(config: DedupConfig, facts: list[dict[str, Any]], edits: dict[str
                 f"written), {removed} removed, {undecided} without a disposition; this is a fault of curation"
             )
     for counts in (*sources.values(), total):
-        del counts["written"]
+        del counts["written"], counts["works"]
     by_source = {name: {**counts, "edited": edits.get(name, {})} for name, counts in sorted(sources.items())}
     return {"sources": by_source, "total": total}
 

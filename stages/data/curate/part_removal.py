@@ -7,8 +7,10 @@ can look them up.
 from __future__ import annotations
 
 import os
+import re
 from array import array
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,7 @@ from pipeline.core.parts import part_slice
 from stages.data.curate.deny_list import OPT_OUT_RULE
 from stages.data.curate.duplicate_groups import Removed, mapped, write_array
 from stages.data.curate.minhash import Ints, UInts, jaccard, shingle_sets
-from stages.data.curate.settings import REPRESENTATIVE_BLOCKS, MinHash, SourcePart, no_counts
+from stages.data.curate.settings import REPRESENTATIVE_BLOCKS, MinHash, SourcePart, no_counts, work_of
 from stages.formats.table import (
     DISPOSITIONS,
     DOCUMENTS,
@@ -31,6 +33,7 @@ from stages.formats.table import (
     KEPT,
     arrow_schema,
     column_names,
+    content_hash,
     row_count,
     split_of,
     stream_batches,
@@ -151,6 +154,7 @@ class PartRemoval:
         filtered: Path,
         part: SourcePart,
         heldout_fraction: float,
+        work: str,
         exact: Removed,
         near: Removed,
         representatives: Representatives,
@@ -163,6 +167,7 @@ class PartRemoval:
             filtered: The folder of the artifact of stage `filter`.
             part: The part.
             heldout_fraction: Share of the documents of its source that are held out.
+            work: The pattern of the works that are held out as a whole; empty: each document by itself.
             exact: The exact duplicates.
             near: The near duplicates.
             representatives: The documents that they duplicate.
@@ -171,6 +176,8 @@ class PartRemoval:
         """
         self.opted_out = opted_out
         self.part, self.heldout_fraction, self.minhash = part, heldout_fraction, minhash
+        self.work = re.compile(work) if work else None
+        self.heldout_works = Counter[str]()
         self.representatives = representatives
         self.kept, self.dispositions, self.hashes = (
             part.file(filtered / folder) for folder in ("kept", "dispositions", "hashes")
@@ -208,6 +215,7 @@ class PartRemoval:
                 _count(counts, table, kept.true_count)
                 start += len(rows)
         # Rows are matched by their numbers alone; tables of different lengths would shift them silently.
+        counts["works"] = self.heldout_works
         if documents.take(1) is not None or row_count(self.hashes) != start:
             raise AtomError(f"{self.hashes} and {self.kept} do not hold {start} rows each; {_AGAIN}")
         return counts
@@ -231,14 +239,26 @@ class PartRemoval:
                 decisions["match"][row] = match
         kept = [rule is None for rule in decisions["rule"]]
         hashes = rows["content_hash"].to_pylist()
-        splits = [
-            split_of(hash, self.heldout_fraction) if keep else None for hash, keep in zip(hashes, kept, strict=True)
-        ]
+        splits = self._splits(rows, hashes, kept)
         return decisions | {
             "disposition": ["kept" if keep else "removed" for keep in kept],
             "split": splits,
             "kept_hash": [hash if keep else None for hash, keep in zip(hashes, kept, strict=True)],
         }
+
+    def _splits(self, rows: pa.Table, hashes: Sequence[str], kept: Sequence[bool]) -> list[str | None]:
+        """Returns the split of each kept document, by the hash of its work, or of its text if it names none."""
+        splits: list[str | None] = [None] * len(rows)
+        for row, (id, origin) in enumerate(zip(rows["id"].to_pylist(), rows["origin"].to_pylist(), strict=True)):
+            if not kept[row]:
+                continue
+            work = work_of(self.work, id, origin) if self.work else None
+            # Equal works of all sources fall on one side.
+            split = split_of(content_hash(f"work {work}") if work else hashes[row], self.heldout_fraction)
+            if work and split == "heldout":
+                self.heldout_works[work] += 1
+            splits[row] = split
+        return splits
 
     @staticmethod
     def _remove(decisions: Decisions, row: int, *values: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Annotated, Any, get_args
 
 from pydantic import Field, model_validator
 
-from pipeline.core.bounds import MOST_SOURCES, LongLine, Range, Sha256, SourceName
+from pipeline.core.bounds import MOST_SOURCES, LongLine, Range, Sha256, SourceName, Words
 from pipeline.core.parts import PartCount, part_file
 from pipeline.core.stage import Config, added, operational
 from stages.formats.table import Kind
@@ -109,10 +110,34 @@ class DeduplicationConfig(Config):
         return [SourcePart(n, s.name, part) for n, s in enumerate(self.sources) for part in range(s.parts)]
 
 
+def _pattern_problem(pattern: str) -> str | None:
+    try:
+        groups = re.compile(pattern).groups
+    except re.error as error:
+        return f"is no regular expression: {error}"
+    return None if groups or not pattern else "has no group; put the part that names the work in parentheses"
+
+
+# A regular expression whose first group names the work of a document; empty: every document is a work of its own.
+WorkPattern = Annotated[str, Words(500, empty=True, test=_pattern_problem)]
+
+
+def work_of(pattern: re.Pattern[str], id: str, origin: str) -> str | None:
+    """Returns the work that a document is a part of, such as its package; None if it is a work of its own.
+
+    Args:
+        pattern: It is searched in the id and the origin, with a space between; its first group is the work.
+        id: Id of the document.
+        origin: Its origin.
+    """
+    match = pattern.search(f"{id} {origin}")
+    return match[1] if match else None
+
+
 def no_counts() -> dict[str, Any]:
-    """Returns the counts of a part or a source in the summary, of no document."""
+    """Returns the counts of a part or a source in the summary, of no document; `works` has the held-out ones."""
     numbers = dict.fromkeys(("documents_in", "bytes_in", "removed_bytes", "written"), 0)
-    return {**numbers, "kept": Counter[str](), "removed": Counter[str]()}
+    return {**numbers, "kept": Counter[str](), "removed": Counter[str](), "works": Counter[str]()}
 
 
 # Consecutive words that make a match.

@@ -31,7 +31,7 @@ from stages.data.curate import duplicate_groups, duplicates_stage
 from stages.data.curate.settings import MinHash, Partition, SourcePart
 from stages.data.curate.words import WORDS
 from stages.formats import database
-from stages.formats.table import DISPOSITIONS, KEPT, arrow_schema, write_table
+from stages.formats.table import DISPOSITIONS, KEPT, arrow_schema, content_hash, split_of, write_table
 from tests.fixtures.dedup_fixtures import STAGES, deduplicate, stage_configs
 from tests.fixtures.filter_fixtures import REMOVED, filter_artifact
 from tests.fixtures.run_fixtures import RecordingReport
@@ -114,6 +114,21 @@ def test_duplicates_name_the_first_document(tmp_path: Path) -> None:
     assert (rows["prose/copy"]["value"], rows["prose/copy"]["threshold"]) == (1.0, 1.0)
     assert rows["prose/near"]["value"] == 76 / 77 and rows["prose/nearer"]["value"] == 76 / 78
     assert rows["prose/near"]["threshold"] == pytest.approx(0.72, abs=0.01)
+
+
+def test_a_work_is_held_out_as_a_whole(tmp_path: Path) -> None:
+    config = config_of(SOURCES, {}, heldout=0.5)
+    for source in config["sources"]:
+        source["work"] = r"/(\w)"  # documents of all sources whose names begin with one letter
+    artifact = deduplicate(config, filtered(tmp_path / "filtered"), tmp_path)["dedup"]
+
+    splits: dict[str, set[str]] = {}
+    for id, row in dispositions(artifact).items():
+        if row["split"] is not None:
+            splits.setdefault(id.partition("/")[2][0], set()).add(row["split"])
+    expected = {letter: {split_of(content_hash(f"work {letter}"), 0.5)} for letter in splits}
+    assert splits == expected
+    assert {split for found in splits.values() for split in found} == {"train", "heldout"}
 
 
 def test_kept_documents_and_dispositions_of_each_part_balance(tmp_path: Path) -> None:

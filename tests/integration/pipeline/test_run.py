@@ -50,7 +50,7 @@ def statements(home: Path, outcome: str) -> dict[str, int]:
 def test_a_second_run_runs_nothing(smoke_home: Path) -> None:
     before = sorted(str(p) for p in smoke_home.rglob("*"))
     output = atom(smoke_home, "run", "atom-smoke").stdout
-    assert "39 stages, all sealed already: nothing to run" in output
+    assert "40 stages, all sealed already: nothing to run" in output
     assert sorted(str(p) for p in smoke_home.rglob("*")) == before
 
 
@@ -218,7 +218,7 @@ def test_a_worker_outlives_its_driver_and_the_next_run_waits_for_it(smoke_home: 
 def test_status_and_logs_read_the_files(smoke_home: Path) -> None:
     body = json.loads(atom(smoke_home, "status", "--json").stdout)
     assert [s["state"] for s in body["stages"]] == ["sealed"] * 39
-    assert "39 of 39 stages sealed" in atom(smoke_home, "status").stdout
+    assert "40 of 40 stages sealed" in atom(smoke_home, "status").stdout
     assert "docstrings:" in atom(smoke_home, "logs", "dedup").stdout
     assert "60/60 steps  loss " in atom(smoke_home, "logs", "pretrain", "-f").stdout
     refused = atom(smoke_home, "logs", "pretran", code=2).stderr

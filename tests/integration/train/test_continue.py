@@ -185,7 +185,7 @@ def test_a_checkpoint_is_found_by_step_and_is_an_input_of_order_and_phase(tmp_pa
     before = dag.compose(recipes.load(str(SMOKE)), store)
     keys = [{name: node.key for name, node in each.nodes.items()} for each in (short, long, elsewhere, before)]
     assert keys[0] == keys[1] == keys[2], "how it is written does not count"
-    measured = ("evaluate", "solve", "fresh", "prefer", "contamination")
+    measured = ("evaluate", "solve", "fresh", "prefer", "contamination", "baselines")
     later = {n for n in keys[0] if n.startswith(("export", *measured))}
     changed = {"order-pretrain", "pretrain", "midtrain", "sft", "rlvr"} | later
     assert {n for n in keys[0] if keys[0][n] != keys[3][n]} == changed

@@ -207,6 +207,11 @@ class Reader(Config):
         return False
 
     @property
+    def work(self) -> str:
+        """The pattern in id and origin whose first group names the work of a document; empty: it is one by itself."""
+        return ""
+
+    @property
     def gives_licenses(self) -> bool:
         """True if every document has a license of its own, or the statement that it has none."""
         return False

@@ -46,6 +46,11 @@ class Packages(FileReader):
         return True
 
     @property
+    def work(self) -> str:
+        """The source package without its version, such as attrs of pool/main/p/python-attrs/ and attrs-25.1.tar.gz."""
+        return r"/(?:python-)?([^/]+?)(?:-\d[^/]*)?(?:/[^/]+\.deb|\.tar\.gz):"
+
+    @property
     def gives_licenses(self) -> bool:
         return True
 

@@ -42,6 +42,8 @@ FOUNDATION = re.compile(
 _SKIPPED = "test tests idlelib turtledemo lib2to3 site-packages dist-packages lib-dynload __pycache__"
 _SKIPPED_FOLDERS = frozenset(_SKIPPED.split())
 _SKIPPED_PREFIXES = ("_sysconfigdata", "_sysconfig_vars")
+# The module or package below Lib, not the file: the codecs in `encodings` are nearly the same text.
+WORK = r"^[^/]+/([^/:.]+)"
 Found = Document | Unmapped | Unreadable
 Unit = Literal["docstring", "function", "file"]
 
@@ -180,6 +182,10 @@ class StdlibSource(SampledReader):
     modules: Literal["all", "top-level"] = "all"
     """modules to read; top-level leaves packages out"""
 
+    @property
+    def work(self) -> str:
+        return WORK
+
     def files(self, source: str) -> Files:
         return library_files(top_level=self.modules == "top-level")
 
@@ -194,6 +200,10 @@ class StdlibDocstrings(SampledReader):
     """selects this reader"""
     modules: Literal["all", "top-level"] = "all"
     """modules to read; top-level leaves packages out"""
+
+    @property
+    def work(self) -> str:
+        return WORK
 
     def files(self, source: str) -> Files:
         return library_files(top_level=self.modules == "top-level")

@@ -56,6 +56,11 @@ class Warc(FileReader):
     def names_files(self) -> bool:
         return True
 
+    @property
+    def work(self) -> str:
+        """The host of the page."""
+        return r" https?://([^/:]+)"
+
     def documents(self, source: str, seed: int, files: Files) -> Iterator[Read]:
         """Yields the text of every page, named by the file and the number of its record."""
         reader = PageReader(self.opt_out_agents, self.max_page_bytes)
