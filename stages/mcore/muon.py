@@ -3,8 +3,11 @@
 Data ranks share tensors by slices, as for Adam, and a rank keeps the momentum of its slices, so that checkpoints and
 layouts treat it like any other state. Only the update needs the whole matrix. If a matrix lies on several ranks, they
 put it together in each step, and each of them orthogonalizes it and updates its own slice (Liu et al., 2025,
-arXiv:2502.16982, algorithm 1). Matrices come one after the other: beside the states, a step takes the memory of about
-four copies of the largest one in the type of the model's weights, in which it multiplies.
+arXiv:2502.16982, algorithm 1). Matrices come one after the other, and are multiplied in the type of the model's
+weights: beside the states, a step takes the memory of about five copies of the largest one.
+
+Queries, keys and values are orthogonalized each by themselves, though they are one matrix, which lowered the loss;
+gate and up of a SwiGLU are not, which changed nothing (docs/training.md).
 """
 
 from __future__ import annotations
@@ -29,6 +32,8 @@ UPDATE_RMS = 0.2
 MOMENTUM = "momentum"
 """The state of a matrix, as `Muon.matrices` in optimizer.py names it."""
 
+Heads = tuple[int, int]
+
 
 @dataclass(frozen=True)
 class Matrix:
@@ -42,6 +47,7 @@ class Matrix:
         stop: Index after the last one.
         main: These values, flat and fp32; None if this rank owns none.
         group: Index of its parameter group.
+        heads: Of `linear_qkv`: the key/value heads, and the rows of a head; None for other matrices.
         data_group: The data ranks that share the part; None if one of them owns all of it.
         tensor_group: The tensor ranks that have the other parts; None if there are none.
     """
@@ -53,12 +59,13 @@ class Matrix:
     stop: int
     main: Tensor | None
     group: int
+    heads: Heads | None
     data_group: dist.ProcessGroup | None
     tensor_group: dist.ProcessGroup | None
 
 
 def install(
-    part: Any, parameters: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], momentum: float
+    part: Any, parameters: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], heads: Heads, momentum: float
 ) -> None:
     """Lets one of Megatron's distributed optimizers update matrices by Muon, and its other tensors as before.
 
@@ -68,9 +75,10 @@ def install(
         part: The optimizer.
         parameters: Matrices of this rank's model by global name; those that the optimizer does not have are left out.
         shapes: Full shape of each.
+        heads: As in `Matrix`.
         momentum: Decay rate of the running mean of gradients.
     """
-    matrices, adam = _matrices(part, parameters, shapes), part.optimizer
+    matrices, adam = _matrices(part, parameters, shapes, heads), part.optimizer
     of_muon = {id(matrix.main) for matrix in matrices}
     slices = [group["params"] for group in adam.param_groups]
     of_adam = [[main for main in group if id(main) not in of_muon] for group in slices]
@@ -92,7 +100,9 @@ def _set_slices(adam: Any, slices: list[list[Tensor]]) -> None:
         group["params"] = tensors
 
 
-def _matrices(part: Any, parameters: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> list[Matrix]:
+def _matrices(
+    part: Any, parameters: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], heads: Heads
+) -> list[Matrix]:
     """Returns the matrices of an optimizer, of which this rank may own nothing. Arguments are those of `install`."""
     names = {id(parameter): name for name, parameter in parameters.items()}
     # In the order of the buffers, which all data ranks have: their collectives in a step meet.
@@ -108,7 +118,8 @@ def _matrices(part: Any, parameters: Mapping[str, Tensor], shapes: Mapping[str, 
         shape = shapes[name]
         data_group = part.data_parallel_group if size < elements else None
         tensor_group = _tensor_group(name) if elements < math.prod(shape) else None
-        matrices.append(Matrix(parameter, boxes(name, shape), shape, *place, data_group, tensor_group))
+        name_heads = heads if name.endswith(".linear_qkv.weight") else None
+        matrices.append(Matrix(parameter, boxes(name, shape), shape, *place, name_heads, data_group, tensor_group))
     return matrices
 
 
@@ -151,10 +162,21 @@ def _update(matrix: Matrix, adam: Any, momentum: float) -> None:
         local, full = full, torch.zeros(matrix.shape, dtype=full.dtype, device=full.device)
         paste(full, matrix.boxes, local)
         dist.all_reduce(full, group=matrix.tensor_group)
-    update = cut(orthogonalize(full), matrix.boxes).flatten()[matrix.start : matrix.stop]
+    update = cut(direction(full, matrix.heads), matrix.boxes).flatten()[matrix.start : matrix.stop]
     settings = adam.param_groups[matrix.group]
     main.mul_(1 - settings["lr"] * settings["weight_decay"])
-    main.add_(update, alpha=-settings["lr"] * UPDATE_RMS * math.sqrt(max(matrix.shape)))
+    main.add_(update, alpha=-settings["lr"])
+
+
+def direction(matrix: Tensor, heads: Heads | None = None) -> Tensor:
+    """Returns what a step subtracts at learning rate 1, in fp32, by the momentum; `heads` as in `Matrix`."""
+    if heads is None:
+        return orthogonalize(matrix).float() * (UPDATE_RMS * math.sqrt(max(matrix.shape)))
+    # A group of heads is its queries, its key and its value.
+    groups = matrix.unflatten(0, (heads[0], -1, heads[1]))
+    parts = groups.split((groups.shape[1] - 2, 1, 1), 1)
+    updates = [direction(part.flatten(0, 2)).view(part.shape) for part in parts]
+    return torch.cat(updates, 1).flatten(0, 2)
 
 
 def orthogonalize(matrix: Tensor) -> Tensor:

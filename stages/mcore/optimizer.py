@@ -78,8 +78,6 @@ class OptimizerSettings(Config):
     clip: Annotated[float, Range(0, 1000, "usual: 1", above=True)] = 1.0
     """maximum global norm of the gradients; larger ones are scaled down to it"""
 
-    title: ClassVar[str]
-    """The name in texts."""
     matrices: ClassVar[Rule]
     """The rule for the weight matrices of layers, experts among them; routers are not."""
     others: ClassVar[Rule] = ADAM
@@ -193,7 +191,6 @@ class Adam(OptimizerSettings):
     kind: Literal["adam"] = added("adam", exclude=True)
     """kind of optimizer"""
 
-    title = "AdamW"
     matrices = ADAM
 
 
@@ -211,7 +208,6 @@ class Muon(OptimizerSettings):
     momentum: Annotated[float, Range(0, 1, "usual: 0.95", below=True)] = 0.95
     """decay rate of the running mean of gradients of matrices"""
 
-    title = "Muon"
     matrices = Rule(("momentum",))
 
     def build(
@@ -224,9 +220,10 @@ class Muon(OptimizerSettings):
         from stages.mcore import muon
 
         optimizer = super().build(chunks, parameters, shapes, **settings)
+        config: Any = next(iter(chunks)).config
         matrices = {name: x for name, x in parameters.items() if name in shapes and is_matrix(name, shapes[name])}
         for part in parts_of(optimizer):
-            muon.install(part, matrices, shapes, self.momentum)
+            muon.install(part, matrices, shapes, (config.num_query_groups, config.kv_channels), self.momentum)
         return optimizer
 
 
