@@ -13,7 +13,7 @@ from typing import Any, Generic, Literal, TypeVar
 from release.cards import caveats, chat_tables, document_tables, tables
 from release.facts.data_facts import DataFacts
 from release.facts.model_facts import ModelFacts
-from release.facts.run_facts import Changes, Costs, Intervention
+from release.facts.run_facts import Changes, Costs, Intervention, find_optimizers
 from release.facts.score_facts import ExampleAnswer, best_example, read_examples
 from release.facts.variant_facts import VariantFacts
 from release.layout import MODEL
@@ -52,6 +52,7 @@ class ReleaseFacts:
         examples: Some of its answers.
         recipe: The resolved recipe.
         changes: The changes since the version before, if it is known.
+        optimizers: The optimizer's settings by phase that trained the model, as its last checkpoint states them.
     """
 
     model: ModelFacts
@@ -62,6 +63,7 @@ class ReleaseFacts:
     examples: Sequence[ExampleAnswer] = ()
     recipe: Mapping[str, Any] = field(default_factory=dict)
     changes: Changes | None = None
+    optimizers: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     @property
     def example(self) -> ExampleAnswer | None:
@@ -94,6 +96,7 @@ def release_facts(release: Release, folder: str) -> ReleaseFacts:
         examples=read_examples(release.dataset, model.name()),
         recipe=release.recipe,
         changes=release.changes,
+        optimizers=find_optimizers(release.checkpoints, model.training),
     )
 
 
@@ -175,6 +178,12 @@ RELEASE_TABLES: tuple[CardTable[ReleaseFacts], ...] = (
     CardTable("changes", lambda release: tables.changes(release.changes)),
     CardTable("interventions", lambda release: tables.interventions(release.interventions_of_model())),
     CardTable("cost", lambda release: tables.cost(release.costs)),
+    CardTable(
+        "optimizers",
+        lambda release: tables.optimizers(release.optimizers),
+        heading="Optimizers",
+        part="training",
+    ),
     CardTable(
         "variants",
         lambda release: tables.variants(release.variants),

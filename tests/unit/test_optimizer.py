@@ -27,7 +27,6 @@ class Momentum(OptimizerSettings):
     """A kind with one state of a matrix, as an extension may have."""
 
     kind: Literal["momentum"] = "momentum"
-    title = "Momentum"
     matrices = Rule(("momentum_buffer",))
 
 
