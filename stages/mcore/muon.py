@@ -69,8 +69,6 @@ def install(
 ) -> None:
     """Lets one of Megatron's distributed optimizers update matrices by Muon, and its other tensors as before.
 
-    Collective: its data ranks agree on the matrices that several of them own.
-
     Args:
         part: The optimizer.
         parameters: Matrices of this rank's model by global name; those that the optimizer does not have are left out.
@@ -105,22 +103,27 @@ def _matrices(
 ) -> list[Matrix]:
     """Returns the matrices of an optimizer, of which this rank may own nothing. Arguments are those of `install`."""
     names = {id(parameter): name for name, parameter in parameters.items()}
-    # In the order of the buffers, which all data ranks have: their collectives in a step meet.
-    shared = [parameter for buffer in part.buffers for parameter in buffer.params if id(parameter) in names]
-    if not shared:
-        return []
-    slices = [_slice(part, parameter) for parameter in shared]
-    largest = torch.tensor([stop - start for start, stop, *_ in slices], device=shared[0].device)
-    dist.all_reduce(largest, dist.ReduceOp.MAX, part.data_parallel_group)
     matrices = []
-    for parameter, place, size in zip(shared, slices, largest.tolist(), strict=True):
-        name, elements = names[id(parameter)], parameter.numel()
+    # In the order of the buffers, which all data ranks have: their collectives in a step meet.
+    for buffer, parameter in ((shared, parameter) for shared in part.buffers for parameter in shared.params):
+        if (name := names.get(id(parameter))) is None:
+            continue
         shape = shapes[name]
-        data_group = part.data_parallel_group if size < elements else None
-        tensor_group = _tensor_group(name) if elements < math.prod(shape) else None
         name_heads = heads if name.endswith(".linear_qkv.weight") else None
+        data_group = part.data_parallel_group if _is_divided(part, buffer, parameter) else None
+        tensor_group = _tensor_group(name) if parameter.numel() < math.prod(shape) else None
+        place = _slice(part, parameter)
         matrices.append(Matrix(parameter, boxes(name, shape), shape, *place, name_heads, data_group, tensor_group))
     return matrices
+
+
+def _is_divided(part: Any, buffer: Any, parameter: Tensor) -> bool:
+    """Returns True if several data ranks own slices of a parameter: a bucket is cut into equal runs, one a rank."""
+    start, stop, number = buffer.param_index_map[parameter]
+    bucket = buffer.buckets[number]
+    run = bucket.grad_data.numel() // part.data_parallel_group.size()
+    first, last = ((index - bucket.offset) // run for index in (start, stop - 1))
+    return bool(first != last)
 
 
 def _slice(part: Any, parameter: Tensor) -> tuple[int, int, Tensor | None, int]:

@@ -133,7 +133,10 @@ class OptimizerSettings(Config):
 
     @classmethod
     def state_bytes(cls, parameters: float, tables: float = 0) -> float:
-        """Returns the bytes of all states of that many parameters, `tables` of which are of embedding and head."""
+        """Returns the bytes of all states of that many parameters, `tables` of which are of embedding and head.
+
+        Routers and norms, which are less than a hundredth of a model, count as matrices.
+        """
         return cls.matrices.bytes * (parameters - tables) + cls.others.bytes * tables
 
     def build(

@@ -62,3 +62,5 @@ def test_memory_counts_the_states_of_matrices_and_tables() -> None:
 
     assert state_bytes(share, layout, "bf16", Adam) == 18 * 1200 == 6 * 1200 + owned_bytes(share, layout, Adam)
     assert owned_bytes(share, layout, Momentum) == 4 * 1200 + 4 * 800 + 8 * 400
+    # Of four slices of 250 dense parameters, the first lies in the table.
+    assert owned_bytes(share, Layout(ranks=4), Momentum) == 4 * 300 + 8 * 250 + 4 * 50
