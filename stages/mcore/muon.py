@@ -137,9 +137,12 @@ def _slice(part: Any, parameter: Tensor) -> tuple[int, int, Tensor | None, int]:
 
 
 def _tensor_group(name: str) -> dist.ProcessGroup:
-    if EXPERTS in name:
-        return parallel_state.get_expert_tensor_parallel_group()
-    return parallel_state.get_tensor_model_parallel_group()
+    group: dist.ProcessGroup = (
+        parallel_state.get_expert_tensor_parallel_group()
+        if EXPERTS in name
+        else parallel_state.get_tensor_model_parallel_group()
+    )
+    return group
 
 
 def _update(matrix: Matrix, adam: Any, momentum: float) -> None:
@@ -153,9 +156,10 @@ def _update(matrix: Matrix, adam: Any, momentum: float) -> None:
         state = adam.state[main]
         if MOMENTUM not in state:
             state[MOMENTUM] = torch.zeros_like(main)
-        mean = state[MOMENTUM].lerp_(main.grad, 1 - momentum)
+        gradient: Any = main.grad
+        mean = state[MOMENTUM].lerp_(gradient, 1 - momentum)
         # Nesterov's: the mean, moved once more towards the gradient.
-        full.view(-1)[matrix.start : matrix.stop] = main.grad.lerp(mean, momentum)
+        full.view(-1)[matrix.start : matrix.stop] = gradient.lerp(mean, momentum)
     # Sums of one rank's values and zeros of the others, which are exact.
     if matrix.data_group is not None:
         dist.all_reduce(full, group=matrix.data_group)
