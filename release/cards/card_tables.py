@@ -13,7 +13,7 @@ from typing import Any, Generic, Literal, TypeVar
 from release.cards import baseline_tables, caveats, chat_tables, document_tables, tables
 from release.facts.data_facts import DataFacts
 from release.facts.model_facts import ModelFacts
-from release.facts.run_facts import Changes, Costs, Intervention, Trained
+from release.facts.run_facts import Changes, Costs, Intervention, Trained, find_optimizers
 from release.facts.score_facts import ExampleAnswer, best_example, read_examples
 from release.facts.variant_facts import VariantFacts
 from release.layout import MODEL
@@ -53,6 +53,7 @@ class ReleaseFacts:
         recipe: The resolved recipe.
         changes: The changes since the version before, if it is known.
         sizes: The model after pre-training, and its smaller ones if there are any.
+        optimizers: The optimizer's settings by phase that trained the model, as its last checkpoint states them.
     """
 
     model: ModelFacts
@@ -64,6 +65,7 @@ class ReleaseFacts:
     recipe: Mapping[str, Any] = field(default_factory=dict)
     changes: Changes | None = None
     sizes: Sequence[Trained] = ()
+    optimizers: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     @property
     def example(self) -> ExampleAnswer | None:
@@ -97,6 +99,7 @@ def release_facts(release: Release, folder: str) -> ReleaseFacts:
         recipe=release.recipe,
         changes=release.changes,
         sizes=release.sizes,
+        optimizers=find_optimizers(release.checkpoints, model.training),
     )
 
 
@@ -187,6 +190,12 @@ RELEASE_TABLES: tuple[CardTable[ReleaseFacts], ...] = (
     CardTable("changes", lambda release: tables.changes(release.changes)),
     CardTable("interventions", lambda release: tables.interventions(release.interventions_of_model())),
     CardTable("cost", lambda release: tables.cost(release.costs)),
+    CardTable(
+        "optimizers",
+        lambda release: tables.optimizers(release.optimizers),
+        heading="Optimizers",
+        part="training",
+    ),
     CardTable(
         "variants",
         lambda release: tables.variants(release.variants),

@@ -33,6 +33,8 @@ PUBLISHED = "published base"
 """The title of a base that no phase of the release made."""
 PHASES: dict[str, str] = WORDS["phases"]
 """Titles of training phases."""
+OPTIMIZERS: dict[str, dict[str, str]] = WORDS["optimizers"]
+"""Words on each kind of optimizer of this project."""
 IN_PROCESS = "transformers in the stage's process, in fp32"
 """The program that computes scores without an engine."""
 MOST_DEAD = 10
@@ -314,6 +316,42 @@ def interventions(rows: list[Intervention]) -> list[str]:
             f"from step {count(row.step + 1)} on {settings}."
         )
     return lines
+
+
+def optimizers(settings_by_phase: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Returns the optimizer of each phase with its settings, below what its kind does; none without phases."""
+    if not settings_by_phase:
+        return []
+    kinds = [str(settings.get("kind", "adam")) for settings in settings_by_phase.values()]
+    sentences = " ".join(OPTIMIZERS.get(kind, {}).get("sentence", "") for kind in dict.fromkeys(kinds)).strip()
+    body = [
+        # A kind of an extension has no title but its name in the recipe.
+        [title(phase, PHASES), OPTIMIZERS.get(kind, {}).get("title", f"`{escaped(kind)}`"), _optimizer_text(settings)]
+        for (phase, settings), kind in zip(settings_by_phase.items(), kinds, strict=True)
+    ]
+    return [*([sentences, ""] if sentences else []), *table(["phase", "optimizer", "settings"], body)]
+
+
+def _optimizer_text(settings: Mapping[str, Any]) -> str:
+    """Returns the settings of an optimizer: those of all kinds in words, further ones by their names."""
+    words = {
+        "lr": "peak learning rate",
+        "final_lr": "final learning rate",
+        "schedule": "schedule",
+        "decay_steps": "steps of the final decay",
+        "warmup_steps": "warm-up steps",
+        "weight_decay": "weight decay",
+        "beta1": "β₁",
+        "beta2": "β₂",
+        "clip": "largest gradient norm",
+    }
+    stated = {"schedule": "cosine", **settings}
+    names = [*words, *sorted(stated.keys() - words.keys() - {"kind"})]
+    return ", ".join(
+        f"{words.get(name, escaped(name))} {escaped(str(stated[name]))}"
+        for name in names
+        if stated.get(name) is not None
+    )
 
 
 def changes(since: Changes | None) -> list[str]:

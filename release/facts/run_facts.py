@@ -5,7 +5,7 @@ These are its checkpoints and resumptions, its cost, its smaller models, and the
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -97,6 +97,12 @@ def find_interventions(checkpoints: list[Checkpoint]) -> list[Intervention]:
         interventions.append(Intervention(phase, last_steps.get(phase, 0) + 1, at, source_key, changes))
         last_steps[phase] = at
     return interventions
+
+
+def find_optimizers(checkpoints: Iterable[Checkpoint], phases: Collection[str]) -> dict[str, dict[str, Any]]:
+    """Returns the settings of the optimizer of each of these phases, from the state of its last checkpoint."""
+    configs = {row.phase: row.state.get("config", {}).get("phase", {}) for row in checkpoints if row.phase in phases}
+    return {phase: config["optimizer"] for phase, config in configs.items() if "optimizer" in config}
 
 
 def _settings(state: dict[str, Any]) -> dict[str, Any]:

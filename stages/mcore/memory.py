@@ -85,11 +85,12 @@ def owned_bytes(share: MemoryShare, layout: Layout, optimizer: Kind) -> float:
 
 
 def _shared_bytes(share: MemoryShare, layout: Layout, weight: int, optimizer: Kind) -> float:
-    """Returns the bytes of what ranks share out: `weight` bytes a parameter, and the optimizer's states."""
+    """Returns the bytes of what ranks share out, on the fullest: `weight` bytes a parameter, and the states."""
     dense, experts = sharing(layout)
-    # Ranks share tensors by slices, or, if a kind takes whole tensors, by dealing them out: about the same size each.
-    of_dense = weight * share.dense + optimizer.state_bytes(share.dense, share.table)
-    return of_dense / dense + (weight * share.experts + optimizer.state_bytes(share.experts)) / experts
+    # The slice of one rank may lie in a table, whose states can be more than those of matrices.
+    of_dense, of_experts = share.dense / dense, share.experts / experts
+    states = optimizer.state_bytes(of_dense, min(share.table, of_dense)) + optimizer.state_bytes(of_experts)
+    return weight * (of_dense + of_experts) + states
 
 
 def in_flight(layout: Layout, pipeline_rank: int, micro_batches: int) -> float:

@@ -7,7 +7,6 @@ imports this file.
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Union
@@ -38,13 +37,10 @@ class Rule:
 
     Attributes:
         states: Names of the tensors that it keeps for each of them, fp32 and of the same shape, as checkpoints name
-            them.
-        sliced: True if any range of a flat tensor can be updated by itself, so that data ranks share a tensor by
-            slices. False if an update needs the whole tensor, as orthogonalization does.
+            them. Data ranks share them by slices.
     """
 
     states: tuple[str, ...]
-    sliced: bool = True
 
     @property
     def bytes(self) -> int:
@@ -56,7 +52,7 @@ ADAM = Rule(("exp_avg", "exp_avg_sq"))
 """Kingma and Ba, 2015 (arXiv:1412.6980): running means of the gradient and of its square."""
 
 
-class OptimizerSettings(Config, ABC):
+class OptimizerSettings(Config):
     """Settings of every optimizer: its schedule, and Adam's for the tensors that other kinds leave to Adam.
 
     `cosine` decays from the end of warmup (Loshchilov and Hutter, 2017); `wsd` (warmup-stable-decay) holds `lr` and
@@ -82,12 +78,10 @@ class OptimizerSettings(Config, ABC):
     clip: Annotated[float, Range(0, 1000, "usual: 1", above=True)] = 1.0
     """maximum global norm of the gradients; larger ones are scaled down to it"""
 
-    title: ClassVar[str]
-    """The name in texts."""
     matrices: ClassVar[Rule]
-    """The rule for the weight matrices of layers, experts among them."""
+    """The rule for the weight matrices of layers, experts among them; routers are not."""
     others: ClassVar[Rule] = ADAM
-    """The rule for embedding, output head, norms and biases."""
+    """The rule for embedding, output head, routers, norms and biases."""
     if TYPE_CHECKING:  # each kind declares the field with its name as the only value
         kind: str
 
@@ -121,8 +115,7 @@ class OptimizerSettings(Config, ABC):
     @classmethod
     def rule_of(cls, name: str, shape: tuple[int, ...]) -> Rule:
         """Returns the rule for a tensor, by its global name and its full shape."""
-        # The table and the output head are matrices too, but no layer's.
-        return cls.matrices if name.startswith("decoder.layers.") and len(shape) == 2 else cls.others
+        return cls.matrices if is_matrix(name, shape) else cls.others
 
     @classmethod
     def state_shapes(cls, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, StateTensor]:
@@ -140,34 +133,27 @@ class OptimizerSettings(Config, ABC):
 
     @classmethod
     def state_bytes(cls, parameters: float, tables: float = 0) -> float:
-        """Returns the bytes of all states of that many parameters, `tables` of which are of embedding and head."""
+        """Returns the bytes of all states of that many parameters, `tables` of which are of embedding and head.
+
+        Routers and norms, which are less than a hundredth of a model, count as matrices.
+        """
         return cls.matrices.bytes * (parameters - tables) + cls.others.bytes * tables
 
-    @abstractmethod
-    def build(self, chunks: Collection[torch.nn.Module], **settings: Any) -> Any:
-        """Builds Megatron's optimizer.
+    def build(
+        self,
+        chunks: Collection[torch.nn.Module],
+        parameters: Mapping[str, torch.Tensor],
+        shapes: Mapping[str, tuple[int, ...]],
+        **settings: Any,
+    ) -> Any:
+        """Builds Megatron's optimizer: here AdamW for all tensors, which another kind changes.
 
         Args:
             chunks: The rank's parts of the model, each in Megatron's DDP.
+            parameters: Their parameters by global name, among them those that training leaves as they are.
+            shapes: Full shape of each tensor that training changes.
             settings: Of Megatron's OptimizerConfig, on the layout and the precision of the phase.
         """
-
-
-class Adam(OptimizerSettings):
-    """AdamW and its learning-rate schedule: linear warmup from zero to `lr`, then decay to `final_lr` at the last step.
-
-    `cosine` decays from the end of warmup (Loshchilov and Hutter, 2017); `wsd` (warmup-stable-decay) holds `lr` and
-    decays in the last `decay_steps` by 1 - sqrt (Hägele et al., 2024).
-    """
-
-    # Not written out: configs and keys of recipes without `kind` stay as they are. Another kind writes its name.
-    kind: Literal["adam"] = added("adam", exclude=True)
-    """kind of optimizer"""
-
-    title = "AdamW"
-    matrices = ADAM
-
-    def build(self, chunks: Collection[torch.nn.Module], **settings: Any) -> Any:
         from stages.mcore.megatron_imports import OptimizerConfig, get_megatron_optimizer
 
         config = OptimizerConfig(
@@ -184,7 +170,67 @@ class Adam(OptimizerSettings):
         return get_megatron_optimizer(config, list(chunks), use_gloo_process_groups=False)
 
 
-KINDS: dict[str, type[OptimizerSettings]] = {"adam": Adam}
+def is_matrix(name: str, shape: tuple[int, ...]) -> bool:
+    """Returns True for a weight matrix of a layer, by its global name and its full shape; routers are none."""
+    # The table and the output head are matrices too, but no layer's.
+    return name.startswith("decoder.layers.") and len(shape) == 2 and not name.endswith(".router.weight")
+
+
+def parts_of(optimizer: Any) -> list[Any]:
+    """Returns Megatron's distributed optimizers: one for dense tensors, another for experts if they are spread."""
+    parts = getattr(optimizer, "chained_optimizers", [optimizer])
+    # A rank without parameters of a kind has a stub, which owns no state.
+    return [part for part in parts if not part.is_stub_optimizer]
+
+
+class Adam(OptimizerSettings):
+    """AdamW and its learning-rate schedule: linear warmup from zero to `lr`, then decay to `final_lr` at the last step.
+
+    `cosine` decays from the end of warmup (Loshchilov and Hutter, 2017); `wsd` (warmup-stable-decay) holds `lr` and
+    decays in the last `decay_steps` by 1 - sqrt (Hägele et al., 2024).
+    """
+
+    # Not written out: configs and keys of recipes without `kind` stay as they are. Another kind writes its name.
+    kind: Literal["adam"] = added("adam", exclude=True)
+    """kind of optimizer"""
+
+    matrices = ADAM
+
+
+class Muon(OptimizerSettings):
+    """Muon for the weight matrices of layers, AdamW for all other tensors, at the same learning rate.
+
+    An update is Nesterov's momentum with all singular values made about 1 (Jordan, 2024), scaled to the size of AdamW's
+    (Liu et al., 2025, arXiv:2502.16982).
+    """
+
+    kind: Literal["muon"] = "muon"
+    """kind of optimizer"""
+    lr: Annotated[float, Range(0, 1, "published runs at this scale: 1e-4 to 1e-3; small models take more", above=True)]
+    """peak learning rate, of Muon and of AdamW"""
+    momentum: Annotated[float, Range(0, 1, "usual: 0.95", below=True)] = 0.95
+    """decay rate of the running mean of gradients of matrices"""
+
+    matrices = Rule(("momentum",))
+
+    def build(
+        self,
+        chunks: Collection[torch.nn.Module],
+        parameters: Mapping[str, torch.Tensor],
+        shapes: Mapping[str, tuple[int, ...]],
+        **settings: Any,
+    ) -> Any:
+        from stages.mcore import muon
+
+        optimizer = super().build(chunks, parameters, shapes, **settings)
+        config: Any = next(iter(chunks)).config
+        matrices = {name: x for name, x in parameters.items() if name in shapes and is_matrix(name, shapes[name])}
+        for part in parts_of(optimizer):
+            muon.install(part, matrices, shapes, (config.num_query_groups, config.kv_channels), self.momentum)
+        return optimizer
+
+
+KINDS: dict[str, type[OptimizerSettings]] = {"adam": Adam, "muon": Muon}
 extend("optimizers", KINDS, load=True)
 DEFAULT = "adam"
 """The kind of a section without `kind`."""

@@ -25,6 +25,7 @@ from stages.mcore.megatron_imports import (
     parallel_state,
 )
 from stages.mcore.model import build, full_tensor, missing_requirement, named_buffers, named_tensors
+from stages.mcore.optimizer import parts_of
 from stages.mcore.routers import Experts, RouterWatch
 from stages.mcore.row_tables import context_positions
 from stages.mcore.tensor_sharding import Box, FullTensors, boxes, cut
@@ -174,11 +175,13 @@ class Engine:
         ranks.wrapped.extend(self.ddp)
         self.optimizer = config.phase.optimizer.build(
             self.ddp,
+            dict(named_tensors(self.chunks)),
+            self.shapes,
             overlap_param_gather=self.layout.overlap_weights,
             bf16=kind != "fp32",
             params_dtype=megatron.params_dtype,
         )
-        for part in self._distributed_optimizers()[:-1]:
+        for part in parts_of(self.optimizer)[:-1]:
             part.model_chunks = []  # each would gather all weights of its chunks: the last one does, after all updates
         # Megatron's schedules read this and the next two from the config. Without it they would neither finish the
         # reduction of gradients nor sum those of norms and tied tables, without an error.
@@ -456,7 +459,7 @@ class Engine:
                 group["step"] = step
         for piece, buffer in self._buffer_pieces():
             buffer.copy_(read("weight", piece).view_as(buffer))
-        for part in self._distributed_optimizers():
+        for part in parts_of(self.optimizer):
             # The fp32 slices become the model's weights, in its type, and are gathered from all data ranks below.
             part._copy_main_params_to_model_params()
         for chunk in self.ddp:
@@ -476,12 +479,6 @@ class Engine:
     def _states_of(self, piece: Piece) -> tuple[str, ...]:
         return self.config.phase.optimizer.rule_of(piece.name, self.shapes[piece.name]).states
 
-    def _distributed_optimizers(self) -> list[Any]:
-        """Megatron's distributed optimizers: one for dense tensors, another for experts if they are spread."""
-        parts = getattr(self.optimizer, "chained_optimizers", [self.optimizer])
-        # A rank without parameters of a kind has a stub, which owns no state.
-        return [part for part in parts if not part.is_stub_optimizer]
-
     def _owned_state(self) -> Iterator[tuple[Piece, Any, Tensor, dict[str, Tensor]]]:
         """(piece, its optimizer, the optimizer's flat fp32 weights, its state) of all pieces of this rank."""
         for piece, part, main in self._pieces:
@@ -492,7 +489,7 @@ class Engine:
         pieces = []
         # Megatron knows its parameters by identity alone, in an order that depends on the layout.
         names = {id(p): name for name, p in named_tensors(self.chunks)}
-        for part in self._distributed_optimizers():
+        for part in parts_of(self.optimizer):
             for parameter, (group, number) in part.model_param_group_index_map.items():
                 name, span = names[id(parameter)], part._get_model_param_range_map(parameter)["param"]
                 main = part.optimizer.param_groups[group]["params"][number]

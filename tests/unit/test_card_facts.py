@@ -12,8 +12,16 @@ import pytest
 from pipeline.core.errors import AtomError
 from release.cards import chat_tables, tables
 from release.cards.render import size_category
-from release.facts.run_facts import Changes, _leaves, compare_with_previous, read_changes
+from release.facts.run_facts import (
+    Changes,
+    Checkpoint,
+    _leaves,
+    compare_with_previous,
+    find_optimizers,
+    read_changes,
+)
 from release.facts.score_facts import SHOWN, ExampleAnswer, best_example, read_examples
+from stages.mcore.optimizer import KINDS
 from tests.fixtures.release_fixtures import table
 
 
@@ -90,3 +98,29 @@ def test_the_answer_that_a_card_shows_is_right_if_there_is_a_right_one() -> None
 )
 def test_a_number_of_documents_is_in_the_category_of_the_hub(documents: int, category: str) -> None:
     assert size_category(documents) == category
+
+
+def test_the_optimizer_of_each_phase_is_named_with_its_settings() -> None:
+    adam = {"lr": 0.003, "final_lr": 0.0003, "beta1": 0.9, "decay_steps": None}
+    muon = {"kind": "muon", "schedule": "wsd", "decay_steps": 5, "momentum": 0.95}
+    own = {"kind": "lion", "rho": 3}
+
+    sentence, blank, *rows = tables.optimizers({"pretrain": muon, "sft": adam, "dpo": own})
+
+    assert sentence == tables.OPTIMIZERS["muon"]["sentence"] and not blank
+    assert rows[2:] == [
+        "| pre-training | Muon | schedule wsd, steps of the final decay 5, momentum 0.95 |",
+        "| SFT | AdamW | peak learning rate 0.003, final learning rate 0.0003, schedule cosine, β₁ 0.9 |",
+        "| DPO | `lion` | schedule cosine, rho 3 |",
+    ]
+    assert tables.optimizers({"sft": adam})[0].startswith("| phase |") and tables.optimizers({}) == []
+    assert tables.OPTIMIZERS.keys() == KINDS.keys()
+
+
+def test_settings_of_optimizers_are_those_of_the_last_checkpoint_of_a_phase() -> None:
+    states = {0: {"lr": 1}, 5: {"lr": 2}}
+    rows = [Checkpoint("", "sft", step, {"config": {"phase": {"optimizer": lr}}}) for step, lr in states.items()]
+    imported = Checkpoint("", "import", 0, {"step": 0})
+    other = Checkpoint("", "reward", 5, rows[0].state)
+
+    assert find_optimizers([imported, *rows, other], ["import", "sft"]) == {"sft": {"lr": 2}}

@@ -91,6 +91,12 @@ class Origin:
         states: Mapping[str, Tensor] = {}
         if optimizer_steps:
             states = release_checkpoint.Tensors(folder, release_checkpoint.OPTIMIZER, self.progress)
+            optimizer = engine.config.phase.optimizer
+            if absent := sorted(optimizer.state_shapes(engine.shapes).keys() - states.keys()):
+                raise AtomError(
+                    f"checkpoint {self.artifact.key} is of another optimizer than optimizer.kind = {optimizer.kind}: "
+                    f"it lacks {absent[0]}; continue with the kind that trained it"
+                )
 
         def read(kind: str, piece: Piece) -> Tensor:
             full = weights[piece.name] if kind == "weight" else states[f"{kind}.{piece.name}"]
