@@ -21,7 +21,7 @@ from release.facts.score_facts import (
     read_harness,
 )
 from release.facts.training import PhaseLog
-from release.layout import CHAT, GOLDENS, when
+from release.layout import CHAT, GOLDENS, MERGE, when
 from release.untrusted import tensor_header
 from stages.evaluation.scores import ContaminationReport, ModelScores
 from stages.train.imported_weights import NAME as BASE
@@ -66,6 +66,7 @@ class ModelFacts:
         chat: The same by benchmark.
         contamination: The report; None without one.
         training: By phase.
+        merges: The contents of merge.json of the phases whose checkpoints were averaged.
         harness: Its results on task sets; None if it was not measured.
         prediction: The prediction that was sealed before training; None without one.
         outcomes: Its forecasts with the measured figures.
@@ -81,6 +82,7 @@ class ModelFacts:
     chat: dict[str, ChatScores] = field(default_factory=dict)
     contamination: ContaminationReport | None = None
     training: dict[str, PhaseLog] = field(default_factory=dict)
+    merges: dict[str, dict[str, Any]] = field(default_factory=dict)
     harness: HarnessFacts | None = None
     prediction: Prediction | None = None
     outcomes: list[Outcome] = field(default_factory=list)
@@ -146,12 +148,19 @@ def read_model_facts(model: Path) -> ModelFacts:
         chat={name: _scores_by_model(folder / name) for name in CHAT_BENCHMARKS if (folder / name).is_dir()},
         contamination=read_json(report) if report.exists() else None,
         training={phase: training.log_facts(training.read(log, training.FIGURES)) for phase, log in logs},
+        merges=_merges(model / "training"),
         harness=read_harness(folder / HARNESS),
         prediction=prediction,
         outcomes=forecast.outcomes(prediction, _measured(model, scores)) if prediction else [],
         base=read_json(model / BASE) if (model / BASE).exists() else None,
         rendered_chat=rendered_chat(read_json(model / GOLDENS)) if (model / GOLDENS).exists() else "",
     )
+
+
+def _merges(folder: Path) -> dict[str, dict[str, Any]]:
+    """Returns {phase: content of its merge.json} of a model repository, in the order of training."""
+    files = {path.stem.removeprefix(MERGE): path for path in folder.glob(f"{MERGE}*.json")}
+    return {phase: read_json(files[phase]) for phase in sorted(files, key=when)}
 
 
 def rendered_chat(goldens: Mapping[str, Any]) -> str:

@@ -11,8 +11,13 @@ from pipeline.core.errors import RecipeError
 from pipeline.core.store import Store
 from pipeline.graph import dag
 from pipeline.graph import recipe as recipes
+from release.cards import tables
+from release.facts.model_facts import ModelFacts, Parameters
+from release.facts.score_facts import merge_effects
 from release.layout import folders_of, models_of, phases_of, trained_by, when
+from stages.confidence import ratio
 from tests.fixtures.recipe_fixtures import write
+from tests.fixtures.release_fixtures import table
 
 MERGED = {"pretrain__release_checkpoint_interval": 25, "pretrain__merge": {"last": 3}}
 CARRIED = {"midtrain__optimizer_state": "carried"}
@@ -124,3 +129,39 @@ def test_names_of_averages_are_beside_those_of_their_phase() -> None:
         "longcontext-2",
         "sft",
     ]
+
+
+def facts(bits: dict[str, float], **changes: Any) -> ModelFacts:
+    scores: Any = {
+        name: {"bits_per_byte_all": {"value": value, "se": 0.01}, "accuracy": {"add": {"value": 0.5, "se": 0.1}}}
+        for name, value in bits.items()
+    }
+    return ModelFacts("Qwen3MoeForCausalLM", {}, "float32", Parameters(1, 1, 1), scores, **changes)
+
+
+def test_the_card_states_the_averaged_steps_and_what_the_last_checkpoint_has() -> None:
+    bits = {"init": 8.0, "unmerged-base": 2.1, "base": 2.0, "unmerged-long-2": 1.5, "long-2": 1.6}
+    stated = {"pretrain": {"steps": [1000, 2000, 3000]}, "longcontext-2": {"steps": [2, 4]}}
+
+    lines = tables.merges(facts(bits, merges=stated))
+
+    assert lines == [
+        "- The weights after pre-training are the average of its checkpoints at steps 1,000, 2,000 and 3,000: 2.000 ± "
+        "0.010 bits per byte of held-out text, and 2.100 ± 0.010 of the last checkpoint alone.",
+        "- The weights after long-context training 2 are the average of its checkpoints at steps 2 and 4: 1.600 ± 0.010 "
+        "bits per byte of held-out text, and 1.500 ± 0.010 of the last checkpoint alone.",
+    ]
+    assert tables.merges(facts({"init": 8.0, "base": 2.0})) == []
+
+
+def test_the_effect_is_a_difference_on_the_same_documents(tmp_path: Path) -> None:
+    bits = {"unmerged-base": [40.0, 90.0, 60.0], "base": [38.0, 87.0, 60.0]}
+    for model, values in bits.items():
+        rows = [{"source": "code", "id": str(n), "bytes": 20, "nll_bits": value} for n, value in enumerate(values)]
+        table(tmp_path / f"evaluation/{model}/documents.parquet", rows)
+
+    effects = merge_effects(tmp_path, ["init", *bits])
+
+    assert effects == {"pretrain": ratio([(-2.0, 20), (-3.0, 20), (0.0, 20)])}
+    assert tables.merge_effects(effects)[-1] == "- pre-training: -0.0833 ± 0.0441"
+    assert tables.merge_effects({}) == []

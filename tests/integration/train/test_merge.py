@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 from collections import Counter
 from pathlib import Path
@@ -12,10 +13,12 @@ import numpy as np
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from pipeline.core.errors import AtomError
 from pipeline.core.store import Artifact, rows_of, write_manifest
+from release.checks import weights
+from release.opened_release import Release
 from stages.train import merge, pretrain
 from stages.train.checkpoint import release_checkpoint
 from stages.train.estimate import estimate
@@ -164,3 +167,53 @@ def test_the_plan_counts_the_states_of_step_0() -> None:
     states = fresh.training.checkpoint_bytes * 2 // 3  # type: ignore[union-attr]
     assert carried.disk_bytes - fresh.disk_bytes == states  # type: ignore[operator]
     assert carried.published_bytes - fresh.published_bytes == states
+
+
+@pytest.fixture
+def published(undisturbed: Path, run_stage: Any, tmp_path: Path) -> Path:
+    """A release folder with the checkpoints of a phase and their average."""
+    merged = run_stage(merge.STAGE, MERGE, {"checkpoint": write_manifest(undisturbed, "pretrain-test")})
+    for source in (undisturbed, merged.path):
+        for folder in source.glob("step-*"):
+            name = "merge-pretrain" if source == merged.path else "pretrain"
+            shutil.copytree(folder, tmp_path / f"release/checkpoints/{name}-step-{int(folder.name[5:])}")
+    return tmp_path / "release"
+
+
+def test_the_check_computes_the_average_again(published: Path) -> None:
+    findings = weights.merges(Release(published))
+
+    assert findings.problems == []
+    assert findings.detail == "pretrain: 32 tensors are the averages of those of steps 6, 12"
+
+
+@pytest.mark.parametrize(
+    ("branch", "sentence"),
+    [
+        ("merge-pretrain-step-12", "merge-pretrain-step-12: tensor output"),
+        ("pretrain-step-6", "merge-pretrain-step-12/state.json states other digests than those of the checkpoints"),
+    ],
+)
+def test_the_check_names_what_differs(published: Path, branch: str, sentence: str) -> None:
+    path = published / "checkpoints" / branch / "model.safetensors"
+    tensors = load_file(path)
+    name = sorted(tensors)[-1]
+    tensors[name].flat[-1] = np.nextafter(tensors[name].flat[-1], np.float32(9))
+    save_file(tensors, path)
+
+    problems = weights.merges(Release(published)).problems
+
+    assert any(sentence.replace("output", name) in text for text in problems), problems
+
+
+def test_the_check_wants_the_last_checkpoints(published: Path) -> None:
+    path = published / "checkpoints/merge-pretrain-step-12/state.json"
+    state = json.loads(path.read_text())
+    state["merge"]["steps"] = [0, 12]
+    path.write_text(json.dumps(state))
+
+    problems = weights.merges(Release(published)).problems
+
+    assert problems == [
+        "merge-pretrain-step-12/state.json names other steps than those of the last checkpoints of pretrain"
+    ]
