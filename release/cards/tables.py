@@ -101,8 +101,8 @@ def summary(model: ModelFacts) -> list[str]:
 def headline(model: ModelFacts) -> list[str]:
     """Returns the figures of this model beside those of the model before it and of the base model."""
     names = list(model.scores)
-    # At most three columns: the base model, the one before this, and this one.
-    shown = list(dict.fromkeys([*[name for name in names if name == "base"], *names[-2:]]))
+    # At most three columns: the base model, the one before this, and this one, which is the last.
+    shown = [name for name in names if name in {"base", *names[-2:]}]
     test = model.chat.get("test", {})
     last = model.scores[names[-1]]
     body = [

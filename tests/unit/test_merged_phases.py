@@ -165,3 +165,11 @@ def test_the_effect_is_a_difference_on_the_same_documents(tmp_path: Path) -> Non
     assert effects == {"pretrain": ratio([(-2.0, 20), (-3.0, 20), (0.0, 20)])}
     assert tables.merge_effects(effects)[-1] == "- pre-training: -0.0833 ± 0.0441"
     assert tables.merge_effects({}) == []
+
+
+@pytest.mark.parametrize("names", [["init", "base"], ["init", "unmerged-base", "base"], ["init", "base", "mid", "sft"]])
+def test_the_last_column_of_the_headline_is_the_model_itself(names: list[str]) -> None:
+    lines = tables.headline(facts({name: 9.0 - number for number, name in enumerate(names)}))
+
+    assert lines[0].endswith("| this model |")
+    assert lines[-1].endswith(f"| {10 - len(names)}.000±0.010 |")
