@@ -16,13 +16,14 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from pipeline.core.errors import AtomError
-from pipeline.core.store import Artifact, rows_of, write_manifest
+from pipeline.core.stage import Stage
+from pipeline.core.store import Artifact, write_manifest
 from release.checks import weights
 from release.opened_release import Release
 from stages.train import merge, pretrain
 from stages.train.checkpoint import release_checkpoint
 from stages.train.estimate import estimate
-from tests.fixtures import train_fixtures
+from tests.fixtures import layout_fixtures, train_fixtures
 
 STEPS = 12
 CONSTANT = {"lr": 3e-3, "final_lr": 3e-3, "warmup_steps": 0, "weight_decay": 0.05}
@@ -124,36 +125,87 @@ def test_the_next_phase_begins_with_the_average(
     assert begin != (undisturbed / "step-000012/model.safetensors").read_bytes()
 
 
+CARRIED = settings(STEPS // 2, optimizer_state="carried")
+
+
+@pytest.fixture(scope="module")
+def later(halves: list[dict[str, Artifact]], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Artifact]:
+    """The inputs of the second of two phases."""
+    folder = tmp_path_factory.mktemp("first")
+    return halves[1] | {"init": trained(pretrain.STAGE, settings(STEPS // 2), halves[0], folder)}
+
+
+@pytest.fixture(scope="module")
+def carried(later: dict[str, Artifact], tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    """The second phase, with the states of the first."""
+    return trained(pretrain.MIDTRAIN, CARRIED, later, tmp_path_factory.mktemp("carried"))
+
+
+def trained(stage: Stage, config: dict[str, Any], inputs: dict[str, Artifact], folder: Path) -> Artifact:
+    for name in ("work", "out"):
+        (folder / name).mkdir()
+    reporter = train_fixtures.Reporter()
+    stage.run(stage.config.model_validate(config), inputs, folder / "work", folder / "out", reporter)
+    return write_manifest(folder / "out", "trained-test")
+
+
 def test_two_phases_with_carried_states_train_like_one(
-    corpus: Path, halves: list[dict[str, Artifact]], run_stage: Any, tmp_path: Path
+    corpus: Path, later: dict[str, Artifact], carried: Artifact, run_stage: Any
 ) -> None:
     whole = {role: Artifact.open(corpus / role) for role in ("tokens", "order")}
-    one = run_stage(pretrain.STAGE, settings(STEPS), whole)
-    first = run_stage(pretrain.STAGE, settings(STEPS // 2), halves[0])
-    later = halves[1] | {"init": first}
 
-    carried = run_stage(pretrain.MIDTRAIN, settings(STEPS // 2, optimizer_state="carried"), later)
+    one = run_stage(pretrain.STAGE, settings(STEPS), whole)
 
     for file in ("model.safetensors", "optimizer.safetensors"):
         begin, end = (carried / f"step-{step:06d}" / file for step in (0, 6))
-        assert begin.read_bytes() == (first / "step-000006" / file).read_bytes()
+        assert begin.read_bytes() == (later["init"] / "step-000006" / file).read_bytes()
         assert end.read_bytes() == (one / "step-000012" / file).read_bytes(), file
     counts = [carried.json(f"step-{step:06d}/state.json")["optimizer_step"] for step in (0, 6)]
     assert counts == [6, 12]
-    fresh = run_stage(pretrain.MIDTRAIN, settings(STEPS // 2), later)
-    assert not (fresh / "step-000000/optimizer.safetensors").exists()
-    assert (fresh / "step-000006/model.safetensors").read_bytes() != (
-        one / "step-000012/model.safetensors"
-    ).read_bytes()
 
-    # A phase that was stopped goes on with the same bytes.
-    work, out = tmp_path / "stopped", tmp_path / "resumed"
-    work.mkdir(), out.mkdir()
-    config = pretrain.MIDTRAIN.config.model_validate(settings(STEPS // 2, optimizer_state="carried"))
+
+def test_a_fresh_optimizer_has_no_states_and_trains_otherwise(
+    later: dict[str, Artifact], carried: Artifact, run_stage: Any
+) -> None:
+    fresh = run_stage(pretrain.MIDTRAIN, settings(STEPS // 2), later)
+
+    assert not (fresh / "step-000000/optimizer.safetensors").exists()
+    ends = [phase / "step-000006/model.safetensors" for phase in (fresh, carried)]
+    assert ends[0].read_bytes() != ends[1].read_bytes()
+
+
+def test_a_stopped_phase_with_carried_states_ends_with_the_same_bytes(
+    later: dict[str, Artifact], carried: Artifact, tmp_path: Path
+) -> None:
+    work, out = tmp_path / "work", tmp_path / "out"
+    work.mkdir()
+    out.mkdir()
+    config = pretrain.MIDTRAIN.config.model_validate(CARRIED)
+
     with pytest.raises(KeyboardInterrupt):
         pretrain.MIDTRAIN.run(config, later, work, out, train_fixtures.Reporter(3, signal.SIGTERM))
     pretrain.MIDTRAIN.run(config, later, work, out, train_fixtures.Reporter())
-    assert [row.sha256 for row in rows_of(out)] == [row.sha256 for row in carried.rows]
+
+    assert train_fixtures.digest(out) == train_fixtures.digest(carried.path)
+
+
+@pytest.mark.numeric
+def test_another_layout_carries_the_same_states_over(
+    later: dict[str, Artifact], carried: Artifact, tmp_path: Path
+) -> None:
+    for role, artifact in later.items():
+        (tmp_path / role).symlink_to(artifact.path)
+    phase = CARRIED["phase"] | {"parallelism": {"ranks": 2, "tp": 2}}
+    (tmp_path / "config.json").write_text(json.dumps(CARRIED | {"phase": phase}))
+    places = [str(tmp_path / name) for name in (".", "work", "out", "config.json")]
+
+    codes, logs = layout_fixtures.end(layout_fixtures.spawn("tests.fixtures.train_fixtures", places, 2))
+
+    assert codes == [0, 0], logs
+    assert train_fixtures.losses(tmp_path / "out") == pytest.approx(train_fixtures.losses(carried.path), rel=1e-5)
+    states = load_file(tmp_path / "out/step-000000/optimizer.safetensors")
+    expected = load_file(later["init"] / "step-000006/optimizer.safetensors")
+    assert all(np.array_equal(states[name], expected[name]) for name in expected)
 
 
 def test_the_plan_counts_the_states_of_step_0() -> None:
