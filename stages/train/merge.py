@@ -15,7 +15,7 @@ import math
 from collections.abc import Mapping, Sequence
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 
@@ -72,9 +72,8 @@ def run(config: MergeConfig, inputs: Inputs, work: Path, out: Path, report: Repo
     merged = {"phase": config.phase, "steps": config.steps, "files": files}
     folder = release_checkpoint.name_of(config.steps[-1])
     last = release_checkpoint.load_state(phase / folder)
-    state = {name: last[name] for name in ("step", "tokens", "tokenizer") if name in last}
-    state |= {"phase": f"{NAME}-{config.phase}", "optimizer_step": 0, "merge": merged}
-
+    state: dict[str, Any] = {"phase": f"{NAME}-{config.phase}", "optimizer_step": 0, "merge": merged}
+    state |= {name: last[name] for name in ("step", "tokens", "tokenizer")}
     read = count(1)
 
     def read_average(kind: str, name: str, shape: tuple[int, ...]) -> torch.Tensor:
