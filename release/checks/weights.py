@@ -88,14 +88,15 @@ def shards(release: Release) -> Findings:
 def _missing(release: Release) -> Iterator[str]:
     """Yields the stems of weights that a folder must have and lacks.
 
-    Every checkpoint but that of step 0 has an optimizer.
+    Every checkpoint has an optimizer, but for that of step 0 and an average of several.
     """
     folder = release.root
     if release.kind == "variant":
         has_other_weights = (folder / ADAPTER).is_file() or any(folder.glob("*.gguf"))
         stems = [] if has_other_weights else ["model"]
     elif release.kind == "checkpoint":
-        stems = ["model", "optimizer"] if read_json(folder / "state.json")["step"] else ["model"]
+        state = read_json(folder / "state.json")
+        stems = ["model", "optimizer"] if state["step"] and "merge" not in state else ["model"]
     else:
         stems = [f"{model.relative_to(folder).as_posix()}/model".removeprefix("./") for model in release.model_folders]
     yield from (stem for stem in stems if not any(folder.glob(f"{stem}*.safetensors")))

@@ -237,6 +237,8 @@ def test_the_check_computes_the_average_again(published: Path) -> None:
 
     assert findings.problems == []
     assert findings.detail == "pretrain: 32 tensors are the averages of those of steps 6, 12"
+    alone = Release(published / "checkpoints/merge-pretrain-step-12", "checkpoint")
+    assert weights.shards(alone).problems == [], "an average lacks no optimizer"
 
 
 @pytest.mark.parametrize(
