@@ -98,6 +98,9 @@ ORDER = (
     "online-rlhf",
 )  # fmt: skip
 """Kinds of phases and of exported models in one order: a model comes after the phase that made it."""
+MERGE, UNMERGED = "merge-", "unmerged-"
+"""The beginnings of two names: of the node that averages checkpoints of a phase, whose weights are published as a
+checkpoint, and of the exported model of that phase's last checkpoint, which is measured and not published."""
 WITHOUT_ORDER = ("rlvr", "dpo", "reward", "online-rlhf")
 """Phases that sample their training data; only their replayed data has an order."""
 SIZE = "size"
@@ -111,11 +114,14 @@ REWARD_EXPORT = "export-reward"
 def when(name: str) -> tuple[int, int, str]:
     """Returns the sort key of a phase, or of an exported model.
 
-    Numbers are compared as numbers: longcontext-2 comes before longcontext-10. Unknown names come last.
+    Numbers are compared as numbers: longcontext-2 comes before longcontext-10. Unknown names come last. An average of
+    checkpoints comes after those of its phase, and a model that was not merged before the merged one.
     """
-    kind, number = numbered(name)
+    plain = name.removeprefix(UNMERGED).removeprefix(MERGE)
+    kind, number = numbered(plain)
     if kind in ORDER:
-        return ORDER.index(kind), number, name
+        place = "" if name.startswith(UNMERGED) else plain
+        return ORDER.index(kind), number, f"{place}-merged" if name.startswith(MERGE) else place
     return len(ORDER), 0, name
 
 
@@ -156,6 +162,16 @@ def models_of(nodes: Iterable[str]) -> list[str]:
     return sorted(models, key=when)
 
 
+def trained_by(model: str) -> str:
+    """Returns the phase that trained an exported model.
+
+    It is midtrain for `mid`, longcontext-2 for `long-2`, and else the phase of the same name.
+    """
+    kind, number = numbered(model.removeprefix(UNMERGED))
+    phase = {"base": "pretrain", "mid": "midtrain", "long": "longcontext"}.get(kind, kind)
+    return f"{phase}-{number}" if number else phase
+
+
 def model_name(folder: str, final: str) -> str:
     """Returns the name of the exported model in a folder. `final` is the name of the last one."""
     return final if folder == MODEL else folder.removeprefix(f"{MODEL}-")
@@ -164,11 +180,11 @@ def model_name(folder: str, final: str) -> str:
 def folders_of(models: Sequence[str]) -> dict[str, str]:
     """Returns {exported model: its folder} of models in the order of training.
 
-    The untrained one is only published as a checkpoint.
+    The untrained one, and those that were not merged, are only published as checkpoints.
     """
     folders = {}
     for model in models:
-        if model != "init":
+        if model != "init" and not model.startswith(UNMERGED):
             folders[model] = MODEL if model == models[-1] else f"{MODEL}-{model}"
     return folders
 

@@ -30,7 +30,7 @@ from stages.evaluation.settings import (
 from stages.export.nodes import export_node, reward_node, variant_nodes
 from stages.recipe import ReleaseRecipe
 from stages.rl.nodes import PostTraining, offline_nodes, online_nodes, trained_models
-from stages.train import smaller_model
+from stages.train import nodes, smaller_model
 from stages.train.imported_weights import StartFrom, dtype_of, require_dtype
 from stages.train.imported_weights import start_from_section as start_from
 from stages.train.nodes import (
@@ -71,6 +71,7 @@ STAGES = {
     "pretrain": "stages.train.pretrain",
     "midtrain": "stages.train.pretrain:MIDTRAIN",
     "sft": "stages.train.pretrain:SFT",
+    "merge": "stages.train.merge",
     "size": "stages.train.smaller_model",
     "tasks": "stages.rl.rollout.tasks",
     "rlvr": "stages.rl.rlvr",
@@ -132,7 +133,7 @@ def compose(recipe: Recipe, store: Store, without_data: bool = False) -> Graph:
     # Training.
     text_specs, trained = phase_nodes(phases, config.model, imported, continued, vocabulary, seed)
     smaller = size_nodes(config.sizes, config.model, config.pretrain, vocabulary, seed)
-    base = phases[-1].node
+    base = phases[-1].result
     post_training = PostTraining(
         rlvr=config.rlvr,
         dpo=config.dpo,
@@ -234,6 +235,7 @@ def problems(recipe: Recipe) -> Iterator[str]:
     yield from _problems_of_mixes(config, data)
     yield from _problems_of_generated(config, data)
     yield from _problems_of_lengths(config)
+    yield from nodes.problems(config.text_phases)
     yield from _problems_of_engine(config)
     yield from _problems_of_gates(config, data)
     vocabulary = config.tokenizer.padded_vocab_size

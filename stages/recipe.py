@@ -245,12 +245,15 @@ class ReleaseRecipe(Identity):
         """The exported models, the final one last: name → (node of the phase, step). None is the phase's last step."""
         exported: dict[str, tuple[str, int | None]] = {"base": ("import", None)}
         if self.pretrain is not None:
-            exported = {"init": ("pretrain", 0), "base": ("pretrain", None)}
-        if self.midtrain is not None:
-            exported["mid"] = ("midtrain", None)
-        for number in range(1, len(self.long_context) + 1):
-            exported[f"long-{number}"] = (f"longcontext-{number}", None)
-        later = {"sft": self.sft, "rlvr": self.rlvr, "dpo": self.dpo, "online-rlhf": self.online_rlhf}
+            exported = {"init": ("pretrain", 0)}
+        names = {"pretrain": "base", "midtrain": "mid"}
+        for phase in self.text_phases:
+            name = names.get(phase.node, phase.node.replace("longcontext", "long"))
+            if phase.config.merge:
+                # Measured as well, so that the release states what merging gave.
+                exported[f"unmerged-{name}"] = (phase.node, None)
+            exported[name] = (phase.result, None)
+        later = {"rlvr": self.rlvr, "dpo": self.dpo, "online-rlhf": self.online_rlhf}
         return exported | {name: (name, None) for name, section in later.items() if section is not None}
 
     def replay_mixes(self) -> dict[str, Mapping[str, float]]:

@@ -14,10 +14,11 @@ from release.cards import baseline_tables, caveats, chat_tables, document_tables
 from release.facts.data_facts import DataFacts
 from release.facts.model_facts import ModelFacts
 from release.facts.run_facts import Changes, Costs, Intervention, Trained, find_optimizers
-from release.facts.score_facts import ExampleAnswer, best_example, read_examples
+from release.facts.score_facts import ExampleAnswer, best_example, merge_effects, read_examples
 from release.facts.variant_facts import VariantFacts
 from release.layout import MODEL
 from release.opened_release import Release
+from stages.confidence import Figure
 
 F = TypeVar("F")
 
@@ -49,6 +50,7 @@ class ReleaseFacts:
         interventions: Resumptions from earlier runs.
         costs: The cost of each stage.
         variants: The model's variants by the end of their repository's name.
+        merge_effects: The change of bits per byte by averaging checkpoints, by phase.
         examples: Some of its answers.
         recipe: The resolved recipe.
         changes: The changes since the version before, if it is known.
@@ -61,6 +63,7 @@ class ReleaseFacts:
     interventions: list[Intervention]
     costs: Costs
     variants: Mapping[str, VariantFacts] = field(default_factory=dict)
+    merge_effects: Mapping[str, Figure] = field(default_factory=dict)
     examples: Sequence[ExampleAnswer] = ()
     recipe: Mapping[str, Any] = field(default_factory=dict)
     changes: Changes | None = None
@@ -95,6 +98,7 @@ def release_facts(release: Release, folder: str) -> ReleaseFacts:
         interventions=release.interventions,
         costs=release.costs,
         variants=release.variants if folder == MODEL else {},
+        merge_effects=merge_effects(release.dataset, model.scores),
         examples=read_examples(release.dataset, model.name()),
         recipe=release.recipe,
         changes=release.changes,
@@ -123,6 +127,7 @@ MODEL_TABLES: tuple[CardTable[ModelFacts], ...] = (
     # Training.
     CardTable("experts_verdict", tables.verdict),
     CardTable("start", tables.start, heading="Where training began", part="training"),
+    CardTable("merges", tables.merges, heading="Averages of checkpoints", part="training"),
     CardTable("spikes", tables.spikes),
     # Answers in conversation.
     CardTable("chat_test", lambda model: chat_tables.answers(model.chat.get("test", {}))),
@@ -189,6 +194,12 @@ RELEASE_TABLES: tuple[CardTable[ReleaseFacts], ...] = (
     CardTable("licenses", _licenses),
     CardTable("changes", lambda release: tables.changes(release.changes)),
     CardTable("interventions", lambda release: tables.interventions(release.interventions_of_model())),
+    CardTable(
+        "merge_effects",
+        lambda release: tables.merge_effects(release.merge_effects),
+        heading="What averaging checkpoints changed",
+        part="training",
+    ),
     CardTable("cost", lambda release: tables.cost(release.costs)),
     CardTable(
         "optimizers",

@@ -18,7 +18,7 @@ from release.facts.model_facts import ModelFacts
 from release.facts.run_facts import Changes, Checkpoint, Intervention, Trained
 from release.facts.score_facts import HarnessFacts
 from release.facts.variant_facts import VariantFacts
-from release.layout import numbered
+from release.layout import MERGE, UNMERGED, numbered, trained_by
 from stages.confidence import Z95, Figure
 from stages.evaluation.scores import ModelScores, Proportion
 
@@ -70,9 +70,12 @@ def with_interval(row: Proportion) -> str:
 
 
 def title(name: str, names: Mapping[str, str] = TITLES) -> str:
-    """Returns the title of an exported model, or with PHASES that of a training phase."""
-    kind, number = numbered(name)
-    return f"{names.get(kind, kind)} {number or ''}".strip()
+    """Returns the title of an exported model, or with PHASES that of a training phase or of its merged checkpoints."""
+    kind, number = numbered(name.removeprefix(UNMERGED).removeprefix(MERGE))
+    words = f"{names.get(kind, kind)} {number or ''}".strip()
+    if name.startswith(UNMERGED):
+        return f"{words} (not merged)"
+    return f"{words} (merged)" if name.startswith(MERGE) else words
 
 
 def titles(models: Iterable[str]) -> dict[str, str]:
@@ -99,8 +102,8 @@ def summary(model: ModelFacts) -> list[str]:
 def headline(model: ModelFacts) -> list[str]:
     """Returns the figures of this model beside those of the model before it and of the base model."""
     names = list(model.scores)
-    # At most three columns: the base model, the one before this, and this one.
-    shown = list(dict.fromkeys([*[name for name in names if name == "base"], *names[-2:]]))
+    # At most three columns: the base model, the one before this, and this one, which is the last.
+    shown = [name for name in names if name in {"base", *names[-2:]}]
     test = model.chat.get("test", {})
     last = model.scores[names[-1]]
     body = [
@@ -494,6 +497,35 @@ def verdict(model: ModelFacts) -> list[str]:
         f"**Alarm: {count(dead)} of {count(total)} experts {'is' if dead == 1 else 'are'} dead.** {place}, hardly any "
         f"token was sent to {names}{others}; {load}."
     ]
+
+
+def merges(model: ModelFacts) -> list[str]:
+    """Returns one sentence for each phase whose checkpoints were averaged: the steps, and the bits per byte of both."""
+    lines = []
+    bits = {name: with_error(scores["bits_per_byte_all"], 3) for name, scores in model.scores.items()}
+    for name, last in bits.items():
+        merge = model.merges.get(trained_by(name))
+        if merge is None or not name.startswith(UNMERGED):
+            continue
+        steps = [count(step) for step in merge["steps"]]
+        lines.append(
+            f"- The weights after {title(trained_by(name), PHASES)} are the average of its checkpoints at steps "
+            f"{', '.join(steps[:-1])} and {steps[-1]}: {bits[name.removeprefix(UNMERGED)]} bits per byte of held-out "
+            f"text, and {last} of the last checkpoint alone."
+        )
+    return lines
+
+
+def merge_effects(effects: Mapping[str, Figure]) -> list[str]:
+    """Returns the change of bits per byte by averaging, one line for each phase; nothing without any."""
+    if not effects:
+        return []
+    lines = [f"- {title(phase, PHASES)}: {row['value']:+.4f} ± {row['se']:.4f}" for phase, row in effects.items()]
+    sentence = (
+        "Bits per byte of held-out text of the average, less those of the last checkpoint on the same documents; less "
+        "is better. ± one standard error of this difference."
+    )
+    return [sentence, "", *lines]
 
 
 def spikes(model: ModelFacts) -> list[str]:

@@ -44,6 +44,7 @@ from release.layout import (
     GATES,
     GATES_STATED,
     LOSS,
+    MERGE,
     OPT_OUTS,
     REFERENCES,
     RUNTIMES,
@@ -66,6 +67,7 @@ CARDS = Scope(("release", "evidence", "dataset", "model", "variant", "repository
 ALL = Scope((*CARDS.kinds, "checkpoint"))
 ALONE = Scope(tuple(kind for kind in CARDS.kinds if kind != "release"))
 
+MERGES = f"checkpoints/{MERGE}*"
 SIZES = f"{TRAINING}/{SIZE}-*"
 FORECAST = f"{FOLDER}/{FILE}"
 EVERYTHING = Reads(("",))
@@ -81,6 +83,7 @@ SCORED = Reads(("evaluation/",))
 LOSSES = Reads((f"{VARIANT}-", "dataset/evaluation/"))
 CONVERTED = Reads((f"{VARIANT}-", "model"), weights=True)
 RENDERED = Reads(("model", "goldens", "tokenizer"))
+MERGED = Reads(("checkpoints/",), weights=True)
 FRESH = Reads(("dataset/evaluation/fresh/", "model/"), weights=True)
 
 EXPORT = "fix the export or tokenizer stage and run again"
@@ -95,6 +98,7 @@ RLVR = "change the recipe's rlvr section, choosing on the validation split alone
 DPO = "change the recipe's dpo section, choosing on the validation split alone, and run again"
 DRAW = "run the stage fresh again"
 AGAIN = "run the variant again"
+MERGE_AGAIN = "run the merge again"
 RUNTIME = "fix the export or the variant, or take another version of the program"
 PREFERRED = EXPORTED[EXPORTED.index("rlvr") + 1 :]
 """Models that learned from preferences."""
@@ -151,6 +155,7 @@ CHECKS: tuple[Check | BuildCheck, ...] = (
     Check("shards", weights.shards, TENSORS, EVERYTHING, gate="shards", remedy="run the export again"),
     Check("weights", weights.tensors, TENSORS, WEIGHTS, deep=True),
     Check("base", weights.published_base, RELEASE, BASE_FILES, needs=f"evidence/{BASE}", gate="base"),
+    Check("merges", weights.merges, RELEASE, MERGED, deep=True, needs=MERGES, gate="merges", remedy=MERGE_AGAIN),
     Check("variants", weights.losses, RELEASE, LOSSES, needs=f"{VARIANT}-*/{LOSS}", gate="variants", remedy=AGAIN),
     Check("variant", weights.loss, VARIANTS, EVERYTHING),
     Check("variant_weights", weights.conversions, RELEASE, CONVERTED, deep=True, needs=f"{VARIANT}-*/{LOSS}"),

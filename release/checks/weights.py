@@ -19,7 +19,7 @@ from release.checks.check import BuildContext, Findings
 from release.facts.published_tables import read_json
 from release.facts.runtimes import REFERENCE, RUNTIMES, problem_of
 from release.facts.variant_facts import Original, base_of, compute_loss, read_original, read_variant_facts
-from release.layout import BASE, LOSS, MODEL, PUBLIC_KEY, SIGNATURE, SUMS, models_of, when
+from release.layout import BASE, LOSS, MERGE, MODEL, PUBLIC_KEY, SIGNATURE, SUMS, models_of, when
 from release.layout import RUNTIMES as FILE
 from release.opened_release import Release
 from release.published_files import ADAPTER
@@ -88,14 +88,15 @@ def shards(release: Release) -> Findings:
 def _missing(release: Release) -> Iterator[str]:
     """Yields the stems of weights that a folder must have and lacks.
 
-    Every checkpoint but that of step 0 has an optimizer.
+    Every checkpoint has an optimizer, but for that of step 0 and an average of several.
     """
     folder = release.root
     if release.kind == "variant":
         has_other_weights = (folder / ADAPTER).is_file() or any(folder.glob("*.gguf"))
         stems = [] if has_other_weights else ["model"]
     elif release.kind == "checkpoint":
-        stems = ["model", "optimizer"] if read_json(folder / "state.json")["step"] else ["model"]
+        state = read_json(folder / "state.json")
+        stems = ["model", "optimizer"] if state["step"] and "merge" not in state else ["model"]
     else:
         stems = [f"{model.relative_to(folder).as_posix()}/model".removeprefix("./") for model in release.model_folders]
     yield from (stem for stem in stems if not any(folder.glob(f"{stem}*.safetensors")))
@@ -164,6 +165,37 @@ def published_base(release: Release) -> Findings:
 
     text = f"{len(stated)} files of {base['repo']}, {base['digest']}"
     return Findings([escaped(line) for line in problems], detail=escaped(text), summary=escaped(text))
+
+
+def merges(release: Release) -> Findings:
+    """Checks that merged weights are the average of the last published checkpoints of their phase, bit for bit."""
+    import torch
+
+    from stages.train.checkpoint.release_checkpoint import Tensors, name_of
+    from stages.train.merge import average
+
+    problems, texts = list[str](), list[str]()
+    for row in release.checkpoints:
+        if not row.phase.startswith(MERGE):
+            continue
+        phase, steps, stated = row.phase.removeprefix(MERGE), row.state["merge"]["steps"], row.state["merge"]["files"]
+        trained = [other for other in release.checkpoints if other.phase == phase and other.step > 0]
+        sources = {other.step: release.root / "checkpoints" / other.branch for other in trained[-len(steps) :]}
+        if list(sources) != steps or steps[-1] != row.step:
+            problems.append(f"{row.branch}/state.json names other steps than those of the last checkpoints of {phase}")
+            continue
+        files = {name_of(step): sorted(place.glob("model*.safetensors")) for step, place in sources.items()}
+        if stated != {f"{step}/{path.name}": release.digest(path) for step, paths in files.items() for path in paths}:
+            problems.append(f"{row.branch}/state.json states other digests than those of the checkpoints of {phase}")
+        merged = Tensors(release.root / "checkpoints" / row.branch)
+        averaged = [Tensors(place) for place in sources.values()]
+        names = sorted({*merged, *averaged[0]})
+        for name in names:
+            is_everywhere = all(name in each for each in (merged, *averaged))
+            if not is_everywhere or not torch.equal(merged[name], average(averaged, name)):
+                problems.append(f"{row.branch}: tensor {name} is not the average of those of steps {steps}")
+        texts.append(f"{phase}: {len(names)} tensors are the averages of those of steps {', '.join(map(str, steps))}")
+    return Findings([escaped(line) for line in problems], detail="; ".join(texts), summary="; ".join(texts))
 
 
 WITH_VARIANT = frozenset({"README.md", "LICENSE", LOSS, SUMS, SIGNATURE, PUBLIC_KEY})

@@ -22,7 +22,7 @@ from release.facts.score_facts import (
     read_harness,
 )
 from release.facts.training import PhaseLog
-from release.layout import CHAT, GOLDENS, when
+from release.layout import CHAT, GOLDENS, MERGE, when
 from release.untrusted import tensor_header
 from stages.evaluation.scores import BaselineReport, ContaminationReport, ModelScores
 from stages.train.imported_weights import NAME as BASE
@@ -68,6 +68,7 @@ class ModelFacts:
         contamination: The report; None without one.
         baselines: Those of bits per byte, for all models; None if they were not measured.
         training: By phase.
+        merges: The contents of merge.json of the phases whose checkpoints were averaged.
         harness: Its results on task sets; None if it was not measured.
         prediction: The prediction that was sealed before training; None without one.
         outcomes: Its forecasts with the measured figures.
@@ -84,6 +85,7 @@ class ModelFacts:
     contamination: ContaminationReport | None = None
     baselines: BaselineReport | None = None
     training: dict[str, PhaseLog] = field(default_factory=dict)
+    merges: dict[str, dict[str, Any]] = field(default_factory=dict)
     harness: HarnessFacts | None = None
     prediction: Prediction | None = None
     outcomes: list[Outcome] = field(default_factory=list)
@@ -150,12 +152,19 @@ def read_model_facts(model: Path) -> ModelFacts:
         contamination=read_json(report) if report.exists() else None,
         baselines=read_json(model / BASELINES) if (model / BASELINES).exists() else None,
         training={phase: training.log_facts(training.read(log, training.FIGURES)) for phase, log in logs},
+        merges=_merges(model / "training"),
         harness=read_harness(folder / HARNESS),
         prediction=prediction,
         outcomes=forecast.outcomes(prediction, _measured(model, scores)) if prediction else [],
         base=read_json(model / BASE) if (model / BASE).exists() else None,
         rendered_chat=rendered_chat(read_json(model / GOLDENS)) if (model / GOLDENS).exists() else "",
     )
+
+
+def _merges(folder: Path) -> dict[str, dict[str, Any]]:
+    """Returns {phase: content of its merge.json} of a model repository, in the order of training."""
+    files = {path.stem.removeprefix(MERGE): path for path in folder.glob(f"{MERGE}*.json")}
+    return {phase: read_json(files[phase]) for phase in sorted(files, key=when)}
 
 
 def rendered_chat(goldens: Mapping[str, Any]) -> str:

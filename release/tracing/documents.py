@@ -10,7 +10,7 @@ from typing import Any
 
 from pipeline.core.errors import AtomError
 from pipeline.core.parts import part_number
-from release.layout import kept_beside, kept_files, numbered, order_of, when
+from release.layout import kept_beside, kept_files, order_of, trained_by, when
 from release.tracing import release_data, rollout_lookup
 from release.tracing.answers import Document, Fate, Place, Segment, Step, TaskRecord, TaskUse, Use
 from release.tracing.release_data import OrderPart, Places, ReleaseData, Rows, select_rows
@@ -105,7 +105,7 @@ def _trained_on(data: ReleaseData, first_use: tuple[Any, int] | None) -> tuple[l
     """
     checkpoints = data.checkpoints()
     folders = [c.folder for c in checkpoints or () if first_use and (when(order_of(c.phase)), c.step) >= first_use]
-    models = [name for name in data.models() if first_use and when(_trained_by(name)) >= first_use[0]]
+    models = [name for name in data.models() if first_use and when(trained_by(name)) >= first_use[0]]
     return None if checkpoints is None else folders, models
 
 
@@ -227,16 +227,6 @@ def _licenses_and_origins(
             for row in select_rows(file, ["id", "license", "origin"], ("id", "in", ids)):
                 origins[row["id"]] = row["license"], row["origin"]
     return origins
-
-
-def _trained_by(model: str) -> str:
-    """Returns the phase that trained an exported model.
-
-    It is midtrain for `mid`, longcontext-2 for `long-2`, and else the phase of the same name.
-    """
-    kind, number = numbered(model)
-    phase = {"base": "pretrain", "mid": "midtrain", "long": "longcontext"}.get(kind, kind)
-    return f"{phase}-{number}" if number else phase
 
 
 def _find_tasks(data: ReleaseData, fates: dict[str, list[Fate]]) -> dict[str, list[TaskUse]]:

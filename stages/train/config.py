@@ -96,6 +96,13 @@ class Spikes(Config):
     """maximum number of spikes; one more stops the phase"""
 
 
+class Merge(Config):
+    """Averaging of the weights of a phase's last release checkpoints."""
+
+    last: Annotated[int, Range(2, 100)]
+    """number of release checkpoints that are averaged; the last one is always among them"""
+
+
 class PhaseBase(Config):
     """Settings of every phase that trains."""
 
@@ -165,6 +172,12 @@ class PhaseConfig(PhaseBase):
     """steps whose batch is skipped because its data is known to be bad"""
     continue_from: Line | None = added(None)
     """release checkpoint to continue from, such as pretrain@1200; only later steps are trained"""
+    optimizer_state: Literal["fresh", "carried"] = added("fresh")
+    """fresh: the optimizer begins anew; carried: its states and its count of updates are those of the last release
+    checkpoint of the phase before"""
+    merge: Merge | None = added(None)
+    """averages the weights of the phase's last release checkpoints; the next phase and the export read the average;
+    null: they read the last checkpoint"""
 
     @model_validator(mode="after")
     def _possible(self) -> PhaseConfig:
@@ -216,7 +229,21 @@ class PhaseConfig(PhaseBase):
         excluded = sum(step >= self.first_step for step in set(self.excluded_steps))
         if excluded == self.steps - self.first_step + 1:
             raise ValueError(f"excluded_steps = {shown(self.excluded_steps)} leaves no step to train; leave some in")
+        if self.merge and (count := len(self.last_release_steps(self.merge.last))) < self.merge.last:
+            raise ValueError(
+                f"merge.last = {self.merge.last} is more than the {count} release checkpoints after step "
+                f"{self.first_step - 1}; lower it or release_checkpoint_interval = {self.release_checkpoint_interval}"
+            )
         return self
+
+    def last_release_steps(self, count: int) -> list[int]:
+        """Returns the steps of the last release checkpoints that the phase trains, ascending: `count`, or all."""
+        steps, step = list[int](), self.steps
+        while step >= self.first_step and len(steps) < count:
+            steps.append(step)
+            # The last step has a checkpoint, whether or not it is a multiple of the interval.
+            step = (step - 1) // self.release_checkpoint_interval * self.release_checkpoint_interval
+        return steps[::-1]
 
     @property
     def first_step(self) -> int:
@@ -268,6 +295,15 @@ class SftPhase(PhaseConfig):
 
     lora: Lora | None = added(None)
     """train low-rank adapters on the frozen model of the previous phase; null: train all weights"""
+
+    @model_validator(mode="after")
+    def _merges_weights(self) -> SftPhase:
+        if self.lora and self.merge:
+            raise ValueError(
+                "merge averages weights, and averages of the two factors of an adapter do not give the average of its "
+                "weights; leave out merge or lora"
+            )
+        return self
 
     @property
     def adapter(self) -> Lora | None:

@@ -39,9 +39,10 @@ def estimate(config: TrainConfig) -> Estimate:
     rows = Rows(phase.micro_rows, phase.sequence_length, phase.pack)
     states, activations, owned, memory = fullest(config, rows)
     checkpoint = checkpoint_size(config)
-    releases, has_step_0 = release_checkpoints(phase), phase.first_step == 1
+    # A fresh optimizer has no states yet at step 0.
+    releases, has_step_0 = release_checkpoints(phase), phase.first_step == 1 and phase.optimizer_state == "fresh"
     trained = releases - 1 if has_step_0 else releases
-    # Step 0 has no states yet. While a work checkpoint is written there is one more than is kept
+    # While a work checkpoint is written there is one more than is kept
     work = WORK_CHECKPOINTS + 1
     if phase.spikes and phase.spikes.action == "rewind":
         work += 2  # the one to which a spike at the next step would rewind, and the next one

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from pipeline.graph.dag import Checkpoint, NodeSpec
 from stages.mcore.lora import Lora
 from stages.models.base import ModelConfig
-from stages.train import smaller_model
+from stages.train import merge, smaller_model
 from stages.train.config import PhaseConfig
 from stages.train.imported_weights import StartFrom
 
@@ -30,6 +30,11 @@ class TextPhase:
     where: str
     # Its section.
     config: PhaseConfig
+
+    @property
+    def result(self) -> str:
+        """The node whose weights the next phase and the export read."""
+        return f"{merge.NAME}-{self.node}" if self.config.merge else self.node
 
 
 @dataclass(frozen=True)
@@ -131,13 +136,46 @@ def phase_nodes(
         inputs = {"tokens": "tokenize", "order": f"order-{name}"}
         if base:
             inputs["init"] = base
-        training = training_config(model, section, padded_vocab_size, seed)
+        # What is made of the checkpoints afterwards does not enter the key of the phase.
+        trained_section = section.model_copy(update={"merge": None})
+        training = training_config(model, trained_section, padded_vocab_size, seed)
         specs.append(NodeSpec(f"order-{name}", "order", order, {"tokens": "tokenize"}, checkpoint))
         specs.append(NodeSpec(name, phase.stage, training, inputs, checkpoint))
         dtype = published_dtype(model, padded_vocab_size, section.precision)
         trained[name] = TrainedModel(model, dtype, section.adapter, base, continued=checkpoint is not None)
-        base = name
+        base = phase.result
+        if section.merge:
+            steps = section.last_release_steps(section.merge.last)
+            merged = {"phase": name, "steps": steps, "model": model, "padded_vocab_size": padded_vocab_size}
+            specs.append(NodeSpec(base, merge.NAME, merged, {"checkpoint": name}))
+            trained[base] = trained[name]
     return specs, trained
+
+
+def problems(phases: Sequence[TextPhase]) -> Iterator[str]:
+    """Yields a sentence for each phase that cannot carry over the optimizer of the phase before it."""
+    for previous, phase in zip([None, *phases], phases, strict=False):
+        if phase.config.optimizer_state == "fresh":
+            continue
+        where = f"{phase.where}.optimizer_state = carried"
+        if previous is None:
+            yield f"{where}, and no phase comes before whose optimizer could be carried over; leave it out"
+            continue
+        before, now = previous.config, phase.config
+        if before.merge:
+            yield (
+                f"{where}, and {previous.where}.merge averages weights, for which no optimizer state exists; leave out "
+                "one of the two"
+            )
+        if before.optimizer.kind != now.optimizer.kind:
+            yield (
+                f"{where}, and {previous.where} trains with the optimizer {before.optimizer.kind}, whose states "
+                f"{now.optimizer.kind} does not have; use one kind, or leave optimizer_state out"
+            )
+        if before.adapter != now.adapter:
+            yield (
+                f"{where}, and {phase.where}.lora trains other tensors than {previous.where}; leave out one of the two"
+            )
 
 
 def size_nodes(

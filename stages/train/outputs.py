@@ -20,7 +20,7 @@ class State(TypedDict):
     seed: int
     """seed of the phase"""
     optimizer_step: int
-    """steps that updated the weights"""
+    """steps that updated the weights, with those of earlier phases if the optimizer was carried over"""
     lr: float
     """learning rate of the step"""
     rng: str

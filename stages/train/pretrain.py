@@ -8,7 +8,8 @@ well. Supervised fine-tuning is mid-training on conversations, with loss on the 
 mix should keep some of the earlier sources, against forgetting.
 
 A later phase loads only the weights of the last step: the optimizer starts fresh, with its own warmup, because its
-states belong to the old mix and batch.
+states belong to the old mix and batch. With `optimizer_state: carried` it loads them too, and their count of updates,
+so that a decay on another mix goes on as one training.
 """
 
 from __future__ import annotations

@@ -152,7 +152,9 @@ class TextTrainer(Trainer):
             self.tokens = self.origin.load(self.engine, self.config, self.tokenizer)
             self.report.note(f"{self.name}: continues from {self.origin.artifact.key}")
             return self.origin.step
-        if "init" in self.inputs and self.phase.adapter is None:
+        if self.phase.optimizer_state == "carried":
+            self.previous_checkpoint().load_with_states(self.engine)
+        elif "init" in self.inputs and self.phase.adapter is None:
             self.load_previous_phase()
         else:
             self.engine.initialize()

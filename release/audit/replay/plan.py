@@ -19,7 +19,7 @@ from pipeline.core.errors import AtomError, CheckFailed
 from pipeline.core.store import Artifact, FileRow, rows_of
 from pipeline.graph import registry
 from release.audit.replay.source import Source
-from release.layout import BASE, IMPORT, WITHOUT_ORDER, when
+from release.layout import BASE, IMPORT, MERGE, WITHOUT_ORDER, when
 
 if TYPE_CHECKING:
     from stages.rl.config import DpoTrainConfig, RewardTrainConfig, RlTrainConfig
@@ -221,7 +221,8 @@ def select_steps(source: Source, phase: str, first: int | None, last: int | None
     """
     steps_by_phase: dict[str, list[int]] = {}
     for path in source.sums:
-        if match := re.fullmatch(r"checkpoints/([a-z0-9-]+)-step-(0|[1-9]\d{0,11})/state\.json", path):
+        # Averages of checkpoints are not trained.
+        if match := re.fullmatch(rf"checkpoints/(?!{MERGE})([a-z0-9-]+)-step-(0|[1-9]\d{{0,11}})/state\.json", path):
             steps_by_phase.setdefault(match[1], []).append(int(match[2]))
     phases = ", ".join(sorted(steps_by_phase, key=when))
     if phase not in steps_by_phase:

@@ -37,6 +37,11 @@ class Origin:
         self._require_intact(engine, moments=False)
         self._load(engine, moments=False)
 
+    def load_with_states(self, engine: Engine) -> None:
+        """Loads weights, the optimizer's states and its count of updates. Raises AtomError as above."""
+        self._require_intact(engine, moments=True)
+        self._load(engine, moments=True)
+
     def load_frozen(self, engine: Engine) -> None:
         """Loads the base of an adapter, which training leaves as it is. Raises AtomError as above."""
         self._require_intact(engine, moments=False)
