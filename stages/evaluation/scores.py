@@ -94,56 +94,49 @@ class Compressed(TypedDict):
 
 
 class SourceBaselines(TypedDict):
-    """Bits per byte of baselines on the documents of one source that a model was scored on.
-
-    Attributes:
-        xz: Of xz, with the training text before the documents.
-        ngram: Of the byte n-gram model.
-        unigram: Of the frequencies of single bytes.
-        less_ngram: Of the model, less those of the n-gram model, with the standard error over the same documents.
-    """
+    """Bits per byte of baselines on the documents of one source that a model was scored on."""
 
     xz: Compressed
+    """of xz, with the training text before the documents"""
     ngram: Ratio
+    """of the byte n-gram model"""
     unigram: Ratio
+    """of the frequencies of single bytes"""
     less_ngram: Ratio
+    """of the model, less those of the n-gram model, with the standard error over the same documents"""
 
 
 class KnownText(TypedDict):
-    """The training text of a source that the baselines know.
-
-    Attributes:
-        documents: Its documents.
-        bytes: Its bytes.
-        all_bytes: The bytes of the source's whole training split.
-    """
+    """The training text of a source that the baselines know."""
 
     documents: int
+    """its documents"""
     bytes: int
+    """its bytes"""
     all_bytes: int
+    """bytes of the source's whole training split"""
 
 
 class Overlap(TypedDict):
     """The share of the scored bytes of a source that are in matches with the training split."""
 
     value: float
+    """the share"""
     bytes: int
+    """scored bytes"""
 
 
 class BaselineReport(TypedDict):
-    """`report.json` of the stage baselines.
-
-    Attributes:
-        order: The order of the n-gram model.
-        models: Figures by model and source.
-        training: By source.
-        overlap: By source.
-    """
+    """`report.json` of the stage baselines."""
 
     order: int
+    """bytes of an n-gram"""
     models: dict[str, dict[str, SourceBaselines]]
+    """figures by model and source, below"""
     training: dict[str, KnownText]
+    """training text that the baselines know, by source"""
     overlap: dict[str, Overlap]
+    """overlap of the scored text with the training split, by source"""
 
 
 class AnswerStatistics(TypedDict):
