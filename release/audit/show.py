@@ -21,8 +21,8 @@ from stages.evaluation.scores import pass_at_1
 
 WIDTH, WIDEST = 80, 110
 """Columns of the page where there is no terminal, and at most."""
-MOST_ROWS, MOST_RULES, MOST_CAVEATS = 8, 5, 4
-"""Sources, rules and caveats that the page names; it counts the others."""
+MOST_ROWS, MOST_RULES, MOST_CAVEATS, MOST_BASELINES = 8, 5, 4, 6
+"""Sources, rules, caveats and sources of baselines that the page names; it counts the others."""
 ABOUT = ("name", "version", "title", "description", "license", "commit", "dirty", "stale")
 
 
@@ -176,8 +176,10 @@ def text(facts: dict[str, Any], width: int = WIDTH) -> str:
     # The final model beside its baselines.
     if lines := facts["baselines"]:
         console.print("\nbits per byte beside baselines that know the training text")
-        for sentence in lines[:MOST_ROWS]:
+        for sentence in lines[:MOST_BASELINES]:
             console.print(Padding(sentence, (0, 0, 0, 2)))
+        if len(lines) > MOST_BASELINES:
+            console.print(f"  {len(lines) - MOST_BASELINES} more sources: on the model card")
 
     # The first caveats of the final model's card.
     console.print("\nknow before any figure")
