@@ -2,7 +2,7 @@
 
     .venv/bin/python bench/ablations.py --home runs/ablations                 # all questions of bench/ablations.yaml
     .venv/bin/python bench/ablations.py --home runs/ablations muon anneal     # some of them
-    .venv/bin/python bench/ablations.py --quick                               # 20 steps of one seed, to try it
+    .venv/bin/python bench/ablations.py --quick                               # 30 steps of one seed, to try it
 
 Both arms of a pair have the same seed, so the same initial weights and rows as far as the setting leaves them equal.
 The effect is the difference of the last held-out losses of a phase, arm minus control, in nats a token: below 0 the arm
@@ -40,8 +40,8 @@ QUICK = {
     f"{phase}.{name}": value
     for phase in ("pretrain", "midtrain")
     for name, value in {
-        "steps": 20, "optimizer.warmup_steps": 5, "validation.every": 20, "release_checkpoint_interval": 10,
-        "checkpoint_interval": 20,
+        "steps": 30, "optimizer.warmup_steps": 5, "validation.every": 30, "release_checkpoint_interval": 10,
+        "checkpoint_interval": 30,
     }.items()
 }  # fmt: skip
 
@@ -112,7 +112,7 @@ def main() -> int:
     parser.add_argument("--home", type=Path, help="where runs are kept; default: a temporary folder")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
     parser.add_argument("--seeds", type=int, help="number of seeds; default: those of the file")
-    parser.add_argument("--quick", action="store_true", help="20 steps of one seed; the figures mean nothing")
+    parser.add_argument("--quick", action="store_true", help="30 steps of one seed; the figures mean nothing")
     options = parser.parse_args()
     body = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text("utf-8"))
     questions = list(questions_of(body, options.questions))
