@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 
 from pipeline.core.errors import RecipeError
 from pipeline.core.store import Store
 from pipeline.core.text import escaped
 from pipeline.graph import dag
-from pipeline.graph.dag import Checkpoint, Graph, NodeSpec, build_graph, names_in_words, require_same_beginning
+from pipeline.graph.dag import Checkpoint, Graph, build_graph, names_in_words, require_same_beginning
 from pipeline.graph.recipe import Recipe
 from stages.data.recipe import DataRecipe, extension_modules
 from stages.data.recipe import loads as load_data_recipe
@@ -132,7 +131,7 @@ def compose(recipe: Recipe, store: Store, without_data: bool = False) -> Graph:
 
     # Training.
     text_specs, trained = phase_nodes(phases, config.model, imported, continued, vocabulary, seed)
-    smaller = size_nodes(config.sizes, config.model, config.pretrain, vocabulary, seed)
+    smaller, twins = size_nodes(config.sizes, config.model, config.pretrain, vocabulary, seed)
     base = phases[-1].result
     post_training = PostTraining(
         rlvr=config.rlvr,
@@ -156,9 +155,11 @@ def compose(recipe: Recipe, store: Store, without_data: bool = False) -> Graph:
     chat_models = [name for name in models if name in CHAT_MODELS]
     measured = Measured(evaluation, data, models, vocabulary, seed, recipe.title)
     specs += text_item_nodes(evaluation, config.release.by_reference)
-    for name, model in models.items():
-        specs.append(export_node(model, name in chat_models, vocabulary, evaluation.parity_tolerance, seed))
-        specs.append(heldout_node(measured, model))
+    for model in (*models.values(), *twins):
+        nodes_of_kind = smaller if model.twin else specs
+        converses = model.name in chat_models
+        nodes_of_kind.append(export_node(model, converses, vocabulary, evaluation.parity_tolerance, seed))
+        nodes_of_kind.append(heldout_node(measured, model))
     specs.append(baselines_node(measured))
     if config.sft:
         specs += chat_nodes(measured, chat_models, specs)
@@ -170,7 +171,7 @@ def compose(recipe: Recipe, store: Store, without_data: bool = False) -> Graph:
     evaluated_final = heldout_config(measured, final)
     specs += variant_nodes(models, repositories, config.release.variants, evaluated_final, recipe.title)
     # Last, so that smaller models fill what the others leave of a cluster.
-    specs += [*smaller, *_twin_nodes(config, measured)]
+    specs += smaller
 
     graph = build_graph(recipe, specs, absent)
     for phase in phases:
@@ -179,23 +180,6 @@ def compose(recipe: Recipe, store: Store, without_data: bool = False) -> Graph:
             init_key = {role: graph.nodes[name].key for role, name in node.inputs.items() if role == "init"}
             require_same_beginning(checkpoint, init_key, f"{recipe.title}: {phase.where}.continue_from", store)
     return graph
-
-
-def _twin_nodes(config: ReleaseRecipe, measured: Measured) -> Iterator[NodeSpec]:
-    """Yields the nodes that export and evaluate the dense twins among the smaller models.
-
-    They have names of their own, since `export-` and `evaluate-` are of models that a release publishes.
-    """
-    vocabulary, tolerance = measured.padded_vocab_size, config.evaluation.parity_tolerance
-    for number, size in enumerate(config.sizes):
-        if size.twin and config.pretrain:
-            name, (twin, phase) = smaller_model.node(number), size.resolve(config.model, config.pretrain)
-            trained = TrainedModel(twin, published_dtype(twin, vocabulary, phase.precision))
-            model = ExportedModel(name, name, None, trained)
-            export = export_node(model, False, vocabulary, tolerance, measured.seed)
-            inputs = {"model": f"{name}-export", "dedup": "dedup", "items": "items"}
-            yield replace(export, name=f"{name}-export")
-            yield NodeSpec(f"{name}-scores", "evaluate", heldout_config(measured, model), inputs)
 
 
 def _imported(recipe: Recipe, config: ReleaseRecipe, store: Store) -> tuple[StartFrom | None, TrainedModel | None]:

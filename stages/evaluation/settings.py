@@ -190,11 +190,13 @@ def heldout_config(measured: Measured, model: ExportedModel) -> dict[str, Any]:
 
 def heldout_node(measured: Measured, model: ExportedModel) -> NodeSpec:
     """Returns the node that evaluates a model on held-out documents, problems and long texts."""
-    config = heldout_config(measured, model) | {"context": measured.section.context}
-    inputs = {"model": f"export-{model.name}", "dedup": "dedup", "items": "items"}
-    if measured.section.text_items:
-        inputs[TEXT_ITEMS] = TEXT_ITEMS
-    return NodeSpec(f"evaluate-{model.name}", "evaluate", config, inputs)
+    config = heldout_config(measured, model)
+    inputs = {"model": model.export_node, "dedup": "dedup", "items": "items"}
+    if not model.twin:
+        config["context"] = measured.section.context
+        if measured.section.text_items:
+            inputs[TEXT_ITEMS] = TEXT_ITEMS
+    return NodeSpec(model.scores_node, "evaluate", config, inputs)
 
 
 def text_item_nodes(section: EvaluationSection, without: Sequence[str]) -> list[NodeSpec]:

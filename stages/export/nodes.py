@@ -37,7 +37,7 @@ def export_node(
         # A phase that continues an earlier run has no step 0: its initial weights are drawn again.
         config["seed"] = seed
         del inputs["checkpoint"]
-    return NodeSpec(f"export-{model.name}", "export", config, inputs)
+    return NodeSpec(model.export_node, "export", config, inputs)
 
 
 def reward_node(reward: TrainedModel, padded_vocab_size: int, parity_tolerance: float) -> NodeSpec:
@@ -79,7 +79,7 @@ def variant_nodes(
     """
     specs = []
     final = list(models.values())[-1]
-    inputs = {"model": f"export-{final.name}", "scores": f"evaluate-{final.name}", "dedup": "dedup", "items": "items"}
+    inputs = {"model": final.export_node, "scores": final.scores_node, "dedup": "dedup", "items": "items"}
     if lora := final.trained.lora:
         base = next(m.name for m in models.values() if m.node == final.trained.base and m.step is None)
         source = {"lora": lora, "model": final.trained.model, "repo": repositories[base]}

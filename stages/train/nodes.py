@@ -64,6 +64,18 @@ class ExportedModel:
     # Step of the phase at which it is exported; None for the last one.
     step: int | None
     trained: TrainedModel
+    # A dense model beside the one with experts. Nothing of it but its scores is published.
+    twin: bool = False
+
+    @property
+    def export_node(self) -> str:
+        """The node that exports it; `export-…` and `evaluate-…` are of models that a release publishes."""
+        return f"{self.name}-export" if self.twin else f"export-{self.name}"
+
+    @property
+    def scores_node(self) -> str:
+        """The node that evaluates it on held-out documents."""
+        return f"{self.name}-scores" if self.twin else f"evaluate-{self.name}"
 
 
 def published_dtype(model: ModelConfig, padded_vocab_size: int, precision: str) -> Dtype:
@@ -180,9 +192,9 @@ def problems(phases: Sequence[TextPhase]) -> Iterator[str]:
 
 def size_nodes(
     models: smaller_model.Sizes, model: ModelConfig, pretrain: PhaseConfig | None, padded_vocab_size: int, seed: int
-) -> list[NodeSpec]:
-    """Returns the nodes of the smaller models, which read the order of pre-training."""
-    specs = []
+) -> tuple[list[NodeSpec], list[ExportedModel]]:
+    """Returns the nodes of the smaller models, which read the order of pre-training, and the twins among them."""
+    specs, twins = [], []
     inputs = {"tokens": "tokenize", "order": "order-pretrain"}
     for number, size in enumerate(models):
         assert pretrain is not None  # sizes.problems() refuses sizes without pre-training
@@ -190,4 +202,7 @@ def size_nodes(
         name = smaller_model.node(number)
         training = training_config(smaller, phase, padded_vocab_size, seed) | {"name": name}
         specs.append(NodeSpec(name, smaller_model.NAME, training, inputs))
-    return specs
+        if size.twin:
+            trained = TrainedModel(smaller, published_dtype(smaller, padded_vocab_size, phase.precision))
+            twins.append(ExportedModel(name, name, None, trained, twin=True))
+    return specs, twins
