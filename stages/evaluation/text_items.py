@@ -39,6 +39,8 @@ from stages.generation.engine import LanguageModel
 
 VERSION = 1
 ORDER = 5
+# Of the smallest vocabularies, for the plan; larger ones have longer tokens.
+BYTES_PER_TOKEN = 2
 # Bytes of training text that the n-gram model is fitted to, at most.
 BASELINE_BYTES = 2**25
 # Tokens and bytes of the longest line that completes a program.
@@ -64,8 +66,8 @@ class TextItems(Config):
 
     @property
     def tokens(self) -> int:
-        """Tokens that a model reads, about; no text has more tokens than bytes."""
-        return sum(self.kinds.values()) * CHOICES * (self.prefix_bytes + self.choice_bytes)
+        """Tokens that a model reads, about."""
+        return sum(self.kinds.values()) * CHOICES * (self.prefix_bytes + self.choice_bytes) // BYTES_PER_TOKEN
 
 
 class TextItemsConfig(TextItems):

@@ -217,7 +217,7 @@ def test_a_worker_outlives_its_driver_and_the_next_run_waits_for_it(smoke_home: 
 
 def test_status_and_logs_read_the_files(smoke_home: Path) -> None:
     body = json.loads(atom(smoke_home, "status", "--json").stdout)
-    assert [s["state"] for s in body["stages"]] == ["sealed"] * 39
+    assert [s["state"] for s in body["stages"]] == ["sealed"] * 40
     assert "40 of 40 stages sealed" in atom(smoke_home, "status").stdout
     assert "docstrings:" in atom(smoke_home, "logs", "dedup").stdout
     assert "60/60 steps  loss " in atom(smoke_home, "logs", "pretrain", "-f").stdout
@@ -248,7 +248,7 @@ def test_plan_reports_state_and_cost_as_json(smoke_home: Path, tmp_path: Path) -
         (("status",), "there is no run under"),
         (
             ("build", "atom-smoke"),
-            "acquire-docstrings and 38 more stages are not sealed yet; run `atom run atom-smoke` first",
+            "acquire-docstrings and 39 more stages are not sealed yet; run `atom run atom-smoke` first",
         ),
     ],
 )

@@ -82,8 +82,10 @@ def write_log(model: Path, phase: str, lines: list[dict[str, Any]]) -> None:
 
 def test_names_follow_each_other_as_in_the_graph() -> None:
     later = dict.fromkeys(("sft", "rlvr", "dpo", "online_rlhf"))
-    recipe = SimpleNamespace(pretrain=None, midtrain=None, long_context=(None,) * 11, **later)
-    phases = [phase.node for phase in ReleaseRecipe.text_phases.fget(recipe)]
+    phase = SimpleNamespace(merge=None)
+    recipe = SimpleNamespace(pretrain=None, midtrain=None, long_context=(phase,) * 11, **later)
+    recipe.text_phases = ReleaseRecipe.text_phases.fget(recipe)
+    phases = [phase.node for phase in recipe.text_phases]
     models = list(ReleaseRecipe.exported.fget(recipe))
     nodes = [*phases, *(f"order-{phase}" for phase in phases), "pretrain@30", "longcontext-1@2"]
     nodes += [f"{kind}-{model}" for kind in ("export", "evaluate") for model in models]
