@@ -14,8 +14,10 @@ from tests.fixtures.page_fixtures import TUTORIALS, compare
 from tests.fixtures.run_fixtures import at_length
 
 README = ROOT / "README.md"
+# The longest page: it starts runs of its own.
+LONG = "operators.md"
 PAGES = [
-    page
+    pytest.param(page, marks=at_length("release", 45)) if page.name == LONG else page
     for page in examples.pages()
     if page != README and TUTORIALS not in page.parents and examples.examples_of(page.read_text("utf-8"))
 ]

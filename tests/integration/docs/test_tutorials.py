@@ -28,8 +28,8 @@ def place(smoke_demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     "name",
     [
         "first-release",
-        "audit",
-        "own-corpus",
+        pytest.param("audit", marks=at_length("release", 25)),
+        pytest.param("own-corpus", marks=at_length("release", 30)),
         pytest.param("fine-tune", marks=at_length("release", 60)),
         pytest.param("adapter", marks=at_length("release", 150)),
         "cluster",

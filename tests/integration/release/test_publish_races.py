@@ -131,11 +131,8 @@ def test_a_publication_that_is_killed_at_every_few_requests_ends_verified(copy: 
 
 
 POINTS = [
-    "a staging branch",
-    *(
-        pytest.param(point, marks=at_length("release", 60))
-        for point in ("another release", "a second commit", "a tag", "the Space")
-    ),
+    pytest.param(point, marks=at_length("release", 60))
+    for point in ("a staging branch", "another release", "a second commit", "a tag", "the Space")
 ]  # fmt: skip
 
 

@@ -61,6 +61,7 @@ def metadata(card: Path) -> dict[str, Any]:
     return fields
 
 
+@at_length("release", 15)
 def test_its_evidence_and_its_cards_name_the_published_model(source: assemble.BuildInput, tmp_path: Path) -> None:
     release = builder.build(source, tmp_path / "home")
     base, gates = read_json(release / "evidence/base.json"), read_json(release / "evidence/gates.json")

@@ -229,6 +229,7 @@ def test_attention_of_the_emulated_gpu_is_that_of_its_definition(window: int | N
             torch.testing.assert_close(seen.grad.values, right.grad)
 
 
+@run_fixtures.at_length("emulated-gpu", 35)
 def test_a_launcher_gives_a_stage_the_variables_of_its_gpu(smoke_data: Path, tmp_path: Path) -> None:
     """The stage's process sees the emulated device, which refuses a variable that comes later."""
     (tmp_path / "sitecustomize.py").write_text(

@@ -42,6 +42,7 @@ def in_shards(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "out"
 
 
+@at_length("training", 30)
 def test_a_seal_that_takes_longer_than_the_watchdog_waits_is_no_hang(
     corpus: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
@@ -72,6 +73,7 @@ def test_a_seal_that_hangs_is_found(corpus: Path, tmp_path: Path) -> None:
     assert "rank 1 stands here" in logs[0] and "in read_slowly" in logs[0]
 
 
+@at_length("training", 25)
 def test_a_seal_that_is_killed_again_and_again_comes_to_its_end(corpus: Path, in_shards: Path, tmp_path: Path) -> None:
     """An attempt dies at the fortieth tensor of a checkpoint of 96 (32 at step 0), so none can seal it from the start."""
     ends = []
