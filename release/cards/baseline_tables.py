@@ -31,13 +31,15 @@ def worse(model: ModelFacts) -> Iterator[str]:
     if sources:
         yield (
             "**A simple program encodes held-out text in fewer bits than this model**, in bits per byte by source: "
-            f"{'; '.join(sources)}. The program knows the training text of the source."
+            f"{'; '.join(sources)}. The program knows the training text of the source; xz reads the held-out "
+            "documents of a source together."
         )
 
 
 def in_words(model: ModelFacts) -> Iterator[str]:
-    """Yields a line for each source on the model beside its baselines."""
-    for source, differences in _differences(model).items():
+    """Yields a line for each source on the model beside its baselines, the largest loss first."""
+    sources = sorted(_differences(model).items(), key=lambda item: -max(value for _, value, _ in item[1]))
+    for source, differences in sources:
         yield f"{source}: {'; '.join(compared(value, name, se) for name, value, se in differences)}"
 
 
@@ -58,7 +60,8 @@ def comparison(model: ModelFacts) -> list[str]:
     sentence = (
         f"Bits per byte beside those of baselines that know the training text of the source: xz, and models of {ngram} "
         "and of single bytes (Kneser-Ney). All encode the same bytes of the same documents; xz encodes those of a "
-        "source together. 95 % intervals of differences are over documents. *In training text*: share of these bytes "
+        "source together. 95 % intervals of differences are over documents, as if these were independent; documents "
+        "of one work are not. *In training text*: share of these bytes "
         "that lie in 50 bytes which the training split has as well."
     )
     if samples:

@@ -38,7 +38,7 @@ def answers(scores: Mapping[str, AnswerScores]) -> list[str]:
             body.append([f"{kind} (preference reward)", title(name), str(row["reward"]["n"]), *cells])
         if model_scores["problems_all"]:
             max_k = max(model_scores["problems_all"]["at"], key=int)
-            most_drawn = max_k if most_drawn == "k" else max(most_drawn, max_k)
+            most_drawn = max_k if most_drawn == "k" else max(most_drawn, max_k, key=int)
     if not body:
         return []
 

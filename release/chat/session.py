@@ -94,6 +94,8 @@ class Session:
         self._live = Live(console=self.console, transient=True, auto_refresh=False)
         try:
             self.model.respond([*self.messages, question], self.sampling, self.last)
+            # What could have been the beginning of a mark is shown now.
+            self._show(self.last)
         except KeyboardInterrupt:
             pass  # what has arrived is the answer
         finally:
@@ -115,7 +117,8 @@ class Session:
             self._printed += len(answer)
         elif self.console.is_terminal and reply.thinking and not self._printed:
             self._live.start()
-            lines = Text(visible(reply.thinking), style="dim").wrap(self.console, self.console.width)
+            end = reply.thinking[-THINKING_LINES * self.console.width :]
+            lines = Text(visible(end), style="dim").wrap(self.console, self.console.width)
             self._live.update(Text("\n").join(lines[-THINKING_LINES:]), refresh=True)
 
     def _fold(self) -> None:

@@ -16,6 +16,7 @@ from pipeline.hub.client import api, translate_errors
 from release import schema
 from release.layout import MODEL, RELEASE, SUMS
 from release.repositories import model_folders, read_sums
+from stages.generation.chat_models import OTHER_JSON
 
 # The prompts that are suggested at the start.
 SUGGESTIONS = 4
@@ -121,13 +122,18 @@ def suggest(target: str, folder: Path) -> list[Suggestion]:
             items = Path(api().hf_hub_download(dataset, ITEMS, repo_type="dataset", revision=revision))
     if not items.is_file():
         return []
-    rows = [json.loads(line) for line in items.read_text("utf-8").splitlines()]
-    rows.sort(key=lambda row: hashlib.sha256(row["id"].encode()).digest())
     kinds: dict[str, list[Suggestion]] = {}
-    for row in rows:
-        request = row["responses_create_params"]
-        messages = request["input"]
-        if len(messages) == 1 and not request.get("tools"):
-            kinds.setdefault(row["kind"], []).append(Suggestion(messages[0]["content"], row.get("expected_answer")))
+    try:
+        rows = [json.loads(line) for line in items.read_text("utf-8").splitlines()]
+        rows.sort(key=lambda row: hashlib.sha256(row["id"].encode()).digest())
+        for row in rows:
+            request = row["responses_create_params"]
+            messages = request["input"]
+            if len(messages) == 1 and not request.get("tools"):
+                suggestion = Suggestion(str(messages[0]["content"]), row.get("expected_answer"))
+                kinds.setdefault(str(row["kind"]), []).append(suggestion)
+    except OTHER_JSON:
+        # A stranger's data set may have anything there.
+        raise AtomError(f"{escaped(str(items), 200)} is no list of problems; name the model's own folder") from None
     rounds = itertools.zip_longest(*(kinds[kind] for kind in sorted(kinds)))
     return [problem for problem in itertools.chain(*rounds) if problem][:SUGGESTIONS]

@@ -439,6 +439,9 @@ def prediction(release: Release) -> Findings:
     node, model_places = release.info.nodes[PHASE], folders_of(models_of(release.info.nodes))
     if predicted.target.key != node.key:
         problems.append(f"{FOLDER}/{FILE} is about {predicted.target.key}, and {PHASE} of this release is {node.key}")
+    if f"merge-{PHASE}" in release.info.nodes:
+        # The key of the phase does not have it, so it could have been added after a look at the outcome.
+        problems.append(f"{RECIPE} averages checkpoints of {PHASE}, and the prediction is of the last one")
     problems += _of_training(release, manifest["digest"], statement)
     problems += _of_runs(predicted, statement)
     copies = [folder / name / FILE for name in model_places.values()]

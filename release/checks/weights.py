@@ -88,7 +88,7 @@ def shards(release: Release) -> Findings:
 def _missing(release: Release) -> Iterator[str]:
     """Yields the stems of weights that a folder must have and lacks.
 
-    Every checkpoint has an optimizer, but for that of step 0 and an average of several.
+    Every checkpoint has an optimizer that has made updates, but for an average of several.
     """
     folder = release.root
     if release.kind == "variant":
@@ -96,7 +96,8 @@ def _missing(release: Release) -> Iterator[str]:
         stems = [] if has_other_weights else ["model"]
     elif release.kind == "checkpoint":
         state = read_json(folder / "state.json")
-        stems = ["model", "optimizer"] if state["step"] and "merge" not in state else ["model"]
+        # None has made an update at a fresh step 0 and in an average; carried states have.
+        stems = ["model", "optimizer"] if state["optimizer_step"] else ["model"]
     else:
         stems = [f"{model.relative_to(folder).as_posix()}/model".removeprefix("./") for model in release.model_folders]
     yield from (stem for stem in stems if not any(folder.glob(f"{stem}*.safetensors")))

@@ -27,7 +27,7 @@ def chat(
         str | None, typer.Option(metavar="NAME", help="such as model-sft of a release; or a server's")
     ] = None,
     prompt: Annotated[str | None, typer.Option(metavar="TEXT", help="print the answer to this, and exit")] = None,
-    temperature: Annotated[float, typer.Option(min=0, max=10, help="0: the likeliest token, as in evaluations")] = 0,
+    temperature: Annotated[float, typer.Option(min=0, max=10, help="0: the likeliest token")] = 0,
     max_tokens: Annotated[int | None, typer.Option(min=1, help="of an answer with its thinking; default: all")] = None,
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="of an answer with a temperature above 0")] = 0,
     as_json: JsonOption = False,

@@ -125,6 +125,8 @@ def size_of(graph: Graph) -> dict[str, Any]:
     # Any, since the type of a node's config does not tell the phase.
     config: Any = node.config
     vocabulary, phase = config.padded_vocab_size, config.phase
+    if phase.merge:
+        raise AtomError(f"{name} averages checkpoints, and a prediction is of the last one; leave out {NODE}.merge")
     # Batches may grow during training, so rows are counted step by step.
     slots = sum(phase.rows_of(step) for step in range(1, phase.steps + 1)) * phase.sequence_length
     if not slots:

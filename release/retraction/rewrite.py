@@ -23,6 +23,7 @@ from release import merkle
 from release.cards.document_tables import is_example_of
 from release.facts import message_tables
 from release.facts.published_tables import stream_rows
+from release.facts.score_facts import TEXT_ITEMS
 from release.layout import ATTRIBUTION, ROOTS, SITE, SUMS
 from release.repositories import files_below
 from release.schema import CARD
@@ -40,6 +41,8 @@ BATCH = 4096
 MESSAGES = f"dataset/{message_tables.FOLDER}/"
 # The folders of tables that are about documents and do not hold their texts as they are.
 BY_ID = (f"dataset/{ATTRIBUTION}/", MESSAGES, "dataset/evaluation/text_items/")
+# The end of the names of models' answers about documents, which are pieces of their texts.
+ANSWERS = f"/{TEXT_ITEMS}.parquet"
 # The metadata at the head of a card.
 HEAD = re.compile(r"\A---\r?\n.*?\r?\n---\s*?\n", re.DOTALL)
 
@@ -192,14 +195,21 @@ def _rewrite_table(path: Path, name: str, reached: Reached) -> None:
     # Dispositions keep their rows, and state the removal; other tables lose rows.
     fates = "dispositions" in name.split("/")
     # Tables about documents do not hold their texts, so rows are found by id there.
-    without = _without_ids if name.startswith(BY_ID) else _without
+    answers = name.endswith(ANSWERS)
+    without = _without_ids if answers or name.startswith(BY_ID) else _without
     with pq.ParquetFile(path) as file:
         if not any(_touches(batch, fates, reached, without) for batch in file.iter_batches(BATCH)):
             return
         schema = _with_strings(file.schema_arrow) if fates else file.schema_arrow
         with atomic_files.replacing(path) as draft, pq.ParquetWriter(draft, schema, compression="zstd") as writer:
             for batch in file.iter_batches(BATCH):
-                kept = _decide(batch, reached, schema) if fates else batch.filter(without(batch, reached))
+                if fates:
+                    kept = _decide(batch, reached, schema)
+                elif answers:
+                    # Scores are computed from all rows.
+                    kept = _without_outputs(batch, reached)
+                else:
+                    kept = batch.filter(without(batch, reached))
                 writer.write_batch(kept)
 
 
@@ -224,6 +234,14 @@ def _without_ids(batch: Any, reached: Reached) -> Any:
     import pyarrow.compute as pc
 
     return pc.invert(_has_id(batch, reached))
+
+
+def _without_outputs(batch: Any, reached: Reached) -> Any:
+    """Returns answers without the pieces of text that were answered about a document."""
+    import pyarrow.compute as pc
+
+    outputs = pc.if_else(_has_id(batch, reached), "", batch.column("output"))
+    return batch.set_column(batch.schema.get_field_index("output"), "output", outputs)
 
 
 def _without(batch: Any, reached: Reached) -> Any:

@@ -107,6 +107,16 @@ class DataRecipe(Config):
         return self
 
     @model_validator(mode="after")
+    def _check_works(self) -> DataRecipe:
+        shares = {self.heldout_fraction_of(source) for source in self.sources if self.work_of(source)} - {0}
+        if len(shares) > 1:
+            raise ValueError(
+                f"heldout_fraction is {' and '.join(map(str, sorted(shares)))} of sources with works, so a work could "
+                "be trained on in one of them and held out in another; give them one share"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _check_generated(self) -> DataRecipe:
         sources = {source.name: source for source in self.sources}
         for source in self.sources:

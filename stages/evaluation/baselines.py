@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     Hashes = np.ndarray[Any, np.dtype[np.uint64]]
     Mask = np.ndarray[Any, np.dtype[np.bool_]]
 
-VERSION = 1
+VERSION = 2
 ROLE = "evaluate-"
 # Bytes of a match between held-out and training text.
 WINDOW = 50
@@ -132,8 +132,10 @@ def run(config: BaselinesConfig, inputs: Inputs, work: Path, out: Path, report: 
         distinct = sorted({cut for scored in cuts.values() for cut in scored})
         rows += _byte_models(config.order, source, known, texts, distinct)
         # Models with one context have the same cuts, which are compressed once.
-        compressed = {scored: [_cut(texts, *cut) for cut in scored] for scored in cuts.values()}
-        bits = {scored: xz_bits(known, pieces) for scored, pieces in compressed.items()}
+        bits = {
+            scored: xz_bits(known, [(texts[id][0], _cut(texts, id, size)) for id, size in scored])
+            for scored in set(cuts.values())
+        }
         for model, scored in cuts.items():
             xz[model][source] = bits[scored]
         # A dictionary keeps the last cut of each document, which is the longest.
@@ -182,10 +184,17 @@ def summary(
     return figures
 
 
-def xz_bits(known: Iterable[bytes], texts: Iterable[bytes]) -> int:
-    """Returns the bits by which texts lengthen the xz stream of a known text, in whose window all of it is."""
-    before = b"".join(known)
-    together = before + b"".join(texts)
+def xz_bits(known: Iterable[bytes], texts: Iterable[tuple[bytes, bytes]]) -> int:
+    """Returns the bits by which texts lengthen the xz stream of what is known, in whose window all of it is.
+
+    Args:
+        known: The training text.
+        texts: Of each document the question, which is known too, and the text after it.
+    """
+    pairs = list(texts)
+    training = b"".join(known)
+    before = training + b"".join(question for question, _ in pairs)
+    together = training + b"".join(question + text for question, text in pairs)
     settings = {"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "dict_size": max(2**12, len(together))}
     sizes = [len(lzma.compress(text, lzma.FORMAT_RAW, filters=[settings])) for text in (before, together)]
     return 8 * (sizes[1] - sizes[0])

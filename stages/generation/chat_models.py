@@ -22,7 +22,9 @@ SILENT_SECONDS = 300
 # {reason of OpenAI's API: that of a reply}; any other is kept as it is.
 REASONS = {"stop": "end", "length": "limit"}
 # The errors of reading something else than the JSON that was expected.
-OTHER_JSON = (ValueError, LookupError, TypeError, AttributeError)
+OTHER_JSON = (ValueError, ArithmeticError, LookupError, TypeError, AttributeError)
+# Bytes of a line of a server, and of all its lines.
+MOST_LINE, MOST_BYTES = 1 << 20, 1 << 26
 
 
 @dataclass(frozen=True)
@@ -128,6 +130,9 @@ class InProcessChat:
         import torch
         from tokenizers.decoders import DecodeStream
 
+        for token in self.tokenizer.all_special_tokens:
+            if any(token in message["content"] for message in messages):
+                raise AtomError(f"{token} is a mark of the model's template; leave it out, or begin a new conversation")
         prompt = self.tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=True)
         ids = tuple(prompt["input_ids"])
         room = self.context - len(ids)
@@ -193,8 +198,8 @@ class ServedChat:
                     if content := delta.get("content"):
                         reply.add(THINK_END + content if is_thinking else content)
                         is_thinking = False
-                    stopped = choice.get("finish_reason") or stopped
-                reply.tokens = (event.get("usage") or {}).get("completion_tokens", reply.tokens)
+                    stopped = str(choice.get("finish_reason") or stopped)
+                reply.tokens = int((event.get("usage") or {}).get("completion_tokens", reply.tokens))
             except OTHER_JSON:
                 raise AtomError(f"{self.url} streams no answer, but {_quoted(data)}") from None
         if not stopped:
@@ -203,12 +208,18 @@ class ServedChat:
 
     def _lines(self, path: str, body: Any = None) -> Iterator[bytes]:
         """Yields the lines of an answer as they arrive. Raises AtomError if the server refuses or goes away."""
-        key = os.environ.get("OPENAI_API_KEY", "")
-        headers = {"Content-Type": "application/json", "Authorization": f"Bearer {key}"}
+        headers, total = {"Content-Type": "application/json"}, 0
         try:
             request = urllib.request.Request(self.url + path, body and json.dumps(body).encode(), headers)
+            if key := os.environ.get("OPENAI_API_KEY"):
+                # A redirect to another host must not get it.
+                request.add_unredirected_header("Authorization", f"Bearer {key}")
             with urllib.request.urlopen(request, timeout=SILENT_SECONDS) as answer:
-                yield from answer
+                while line := answer.readline(MOST_LINE):
+                    total += len(line)
+                    if total > MOST_BYTES or (len(line) == MOST_LINE and not line.endswith(b"\n")):
+                        raise ValueError(f"it sends more than {MOST_BYTES:,} bytes, or {MOST_LINE:,} in a line")
+                    yield line
         except urllib.error.HTTPError as error:
             raise AtomError(f"{self.url} refuses with status {error.code}: {_quoted(error.read(2000))}") from None
         except (OSError, http.client.HTTPException, ValueError) as error:

@@ -114,6 +114,11 @@ def problems(
             continue
         if (total := smaller.parameters(vocabulary)["total"]) >= whole:
             yield f"sizes.{number} has {total} parameters, and the model {whole}; name settings that make it smaller"
+        elif size.twin and phase.merge:
+            yield (
+                f"sizes.{number}.twin is compared with the base model, which pretrain.merge averages and a twin does "
+                "not; leave out one of them"
+            )
         elif size.twin:
             yield from _problems_of_twin(f"sizes.{number}", smaller, model, vocabulary, phase.sequence_length)
 
@@ -123,6 +128,12 @@ def _problems_of_twin(
 ) -> Iterator[str]:
     if not isinstance(twin, Qwen3Config) or model.routing is None:
         yield f"{place}.twin = true is for a model of architecture qwen3 beside one with experts; leave twin out"
+        return
+    if twin.context_length != model.context_length:
+        yield (
+            f"{place} has a context of {twin.context_length} tokens and the model one of {model.context_length}, so "
+            "they would be scored on other bytes; make them equal"
+        )
         return
     flops, of_model = (each.flops_per_token(vocabulary, sequence_length) for each in (twin, model))
     if abs(flops / of_model - 1) > TWIN_TOLERANCE:

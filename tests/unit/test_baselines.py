@@ -109,6 +109,8 @@ def test_xz_knows_the_training_text(inputs, tmp_path):
     scored = HELDOUT[0]["text"].encode()[:150] + HELDOUT[1]["text"].encode()[10:70]
     alone = 8 * len(lzma.compress(scored, lzma.FORMAT_RAW, filters=[{"id": lzma.FILTER_LZMA2, "preset": 9}]))
     assert 0 < value < alone / 210
+    question = [(b"Question? " * 50, b"Question? ")]
+    assert baselines.xz_bits([b""], question) < baselines.xz_bits([b""], [(b"", b"Question? ")])
     assert report["training"]["prose"] == {
         "documents": 20,
         "bytes": (size := sum(len(row["text"]) for row in TRAIN)),

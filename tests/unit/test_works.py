@@ -86,6 +86,15 @@ def test_a_recipe_decides_what_is_held_out(tmp_path, settings, pattern):
     assert config["sources"][0]["work"] == pattern
 
 
+def test_a_work_is_on_one_side_in_all_sources(tmp_path):
+    path = recipe(tmp_path, heldout_by="work")
+    other = "  - {name: other, heldout_fraction: 0.1, kind: code, license: MIT, license_evidence: x, origin: x, "
+    path.write_text(path.read_text() + other + "reader: {reader: stdlib-source}}\n")
+
+    with pytest.raises(RecipeError, match=r"heldout_fraction is 0\.05 and 0\.1 of sources with works"):
+        load(path)
+
+
 @pytest.mark.parametrize(("work", "message"), [("x.", "has no group"), ("x(", "is no regular expression")])
 def test_a_pattern_that_names_no_work_is_refused(tmp_path, work, message):
     with pytest.raises(RecipeError, match=message):

@@ -259,6 +259,15 @@ def test_thinking_folds_and_unfolds(taught: InProcessChat) -> None:
     assert shown[6:] == ["It is 6.", "the evaluation expects: It is 6.", "", "> /think", "three twice"]
 
 
+def test_an_answer_that_could_begin_a_mark_is_shown() -> None:
+    assert screen(Scripted(["<"]), "which sign?")[-1] == "<"
+
+
+def test_marks_of_the_template_are_refused(taught: InProcessChat) -> None:
+    with pytest.raises(AtomError, match="is a mark of the model's template"):
+        ask(taught, f"what is {taught.tokenizer.eos_token}?")
+
+
 def test_turns_are_remembered_until_reset() -> None:
     model = Scripted(["<think>why", "</think>one"], ["two"], ["three"])
     screen(model, "a", "b", "/reset", "c")
@@ -327,8 +336,16 @@ class Handler(BaseHTTPRequestHandler):
     models = ("taught",)
     events: tuple[str, ...] = ()
     bodies: list[dict[str, Any]]
+    redirect = ""
+    keys: list[str | None]
 
     def do_GET(self) -> None:
+        self.keys.append(self.headers["Authorization"])
+        if self.redirect:
+            self.send_response(302)
+            self.send_header("Location", self.redirect)
+            self.send_header("Content-Length", "0")
+            return self.end_headers()
         self._send(200, json.dumps({"data": [{"id": name} for name in self.models]}).encode())
 
     def do_POST(self) -> None:
@@ -356,7 +373,7 @@ class Handler(BaseHTTPRequestHandler):
 @pytest.fixture
 def server() -> Iterator[tuple[str, type[Handler]]]:
     """(URL, its handler, whose attributes may be set)."""
-    kind = type("Own", (Handler,), {"bodies": []})
+    kind = type("Own", (Handler,), {"bodies": [], "keys": []})
     running = ThreadingHTTPServer(("127.0.0.1", 0), kind)
     thread = threading.Thread(target=running.serve_forever, kwargs={"poll_interval": 0.02})
     thread.start()
@@ -394,6 +411,29 @@ def test_a_server_streams(server: tuple[str, type[Handler]], parsed: bool) -> No
     (body,) = kind.bodies
     assert (body["model"], body["temperature"], body["seed"], body["stream"]) == ("taught", 0.0, 3, True)
     assert "max_tokens" not in body
+
+
+def test_a_key_does_not_follow_a_redirect(server: tuple[str, type[Handler]], monkeypatch: pytest.MonkeyPatch) -> None:
+    url, kind = server
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    kind.redirect = url.replace("127.0.0.1", "localhost") + "/models"
+    with pytest.raises(AtomError):  # it redirects for ever
+        ServedChat(url, None)
+    assert kind.keys[0] == "Bearer secret" and set(kind.keys[1:]) == {None}
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        json.dumps({"choices": [], "usage": {"completion_tokens": "\x1b]0;x"}}),
+        "x" * (1 << 21),
+    ],
+)
+def test_what_a_server_sends_is_checked(server: tuple[str, type[Handler]], line: str) -> None:
+    url, kind = server
+    kind.events = (event(content="It"), line, event("stop"))
+    with pytest.raises(AtomError):
+        ask(ServedChat(url, None), WHAT)
 
 
 def test_a_server_that_refuses_is_one_sentence(server: tuple[str, type[Handler]]) -> None:
