@@ -51,10 +51,10 @@ def comparison(model: ModelFacts) -> list[str]:
     ngram, scores, body = _ngram(model), model.own_scores()["bits_per_byte"], []
     for source, figures in report["models"][model.name()].items():
         rows: list[Figure] = [scores[source], figures["ngram"], figures["unigram"]]
-        own, by_ngram, by_byte = (with_error(row, 3) for row in rows)
+        of_model, of_ngram, of_bytes = (with_error(row, 3) for row in rows)
         words = "; ".join(compared(value, name, se) for name, value, se in _differences(model)[source])
         share = f"{report['overlap'][source]['value']:.1%}"
-        body.append([source, own, f"{figures['xz']['value']:.3f}", by_ngram, by_byte, words, share])
+        body.append([source, of_model, f"{figures['xz']['value']:.3f}", of_ngram, of_bytes, words, share])
     known = {source: row for source, row in report["training"].items() if row["bytes"] < row["all_bytes"]}
     samples = ", ".join(f"{source} {count(row['bytes'])} of {count(row['all_bytes'])}" for source, row in known.items())
     sentence = (

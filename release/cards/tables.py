@@ -194,7 +194,8 @@ def text_items(scores: dict[str, ModelScores]) -> list[str]:
         parts = {name: kinds[kind] for name, kinds in measured.items() if kind in kinds}
         (first, *_) = parts.values()
         items = count(first["accuracy"]["n"])
-        body.append([kind, items, "a guess", f"{first['chance']:.3f}"])
+        blind = "a guess" if first["chance"] else "no answer"
+        body.append([kind, items, blind, f"{first['chance']:.3f}"])
         body.append([kind, items, "byte n-grams", with_interval(first["baseline"])])
         body += [[kind, items, names[name], with_interval(part["accuracy"])] for name, part in parts.items()]
     sentence = (

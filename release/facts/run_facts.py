@@ -285,11 +285,11 @@ def _read_size(release: Path, name: str, settings: Mapping[str, Any]) -> Trained
         return trained
     from stages.evaluation.model_evaluation import bits_per_byte
 
-    own, base = (read_rows(path, ["source", "id", "bytes", "nll_bits"]) for path in paths)
-    trained = replace(trained, bits=bits_per_byte(cast(Any, own))[1])
-    if [(row["id"], row["bytes"]) for row in own] != [(row["id"], row["bytes"]) for row in base]:
+    of_model, of_base = (read_rows(path, ["source", "id", "bytes", "nll_bits"]) for path in paths)
+    trained = replace(trained, bits=bits_per_byte(cast(Any, of_model))[1])
+    if [(row["id"], row["bytes"]) for row in of_model] != [(row["id"], row["bytes"]) for row in of_base]:
         return trained
     # Paired, so that a document that is hard for both models is no error of the difference.
-    pairs = zip(own, base, strict=True)
+    pairs = zip(of_model, of_base, strict=True)
     change: Any = [{**row, "nll_bits": row["nll_bits"] - reference["nll_bits"]} for row, reference in pairs]
     return replace(trained, difference=bits_per_byte(change)[1])

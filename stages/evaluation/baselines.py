@@ -59,7 +59,7 @@ SAMPLE = {"text": "string"}
 
 
 class BaselineScore(TypedDict):
-    """What the models of bytes need for the scored part of a document."""
+    """The bits that the models of bytes need for the scored part of a document."""
 
     source: String
     """name of the source"""

@@ -87,7 +87,7 @@ class ModelScores(LongContextScores):
 
 
 class Compressed(TypedDict):
-    """What xz needs for the documents of a source: `bits`, and their number for each byte as `value`."""
+    """The `bits` that xz needs for the documents of a source, and their number for each byte as `value`."""
 
     value: float
     bits: int

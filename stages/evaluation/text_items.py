@@ -6,10 +6,12 @@ these items ask for that (stages/evaluation/item_makers.py). The stage `evaluate
 - of **four continuations** a model chooses the one of which the beginning saves most bits per byte, compared with the
   continuation alone: the likeliest one would often be that of the commonest words (Holtzman et al. 2021, arXiv
   2104.08315). A guess is right in a quarter of the items, since the place of the right one is drawn;
-- a **line of Python** that a model writes greedily is right if the text parses with it; no line is never right.
+- a **line of Python** that a model writes greedily is right if the text parses with it; no line is never
+  right, but a bracket alone can be.
 
-One document gives one item of a kind at most, so that the items are independent. Items depend on the documents and the
-settings alone. The n-gram model is fitted to documents of the training split of the same sources.
+One document gives one item of a kind at most; documents of one work are alike all the same, and intervals do not count
+that. Items depend on the documents and the settings, and completions also on the version of Python that parses. The
+n-gram model is fitted to documents of the training split of the same sources.
 """
 
 from __future__ import annotations
@@ -131,14 +133,14 @@ def run(config: TextItemsConfig, inputs: Inputs, work: Path, out: Path, report: 
     documents = [document for document in heldout_texts(kept) if document["source"] not in config.without]
     items: list[TextItem] = []
     for kind, limit in sorted(config.kinds.items()):
-        made = list(islice(_made(kind, _maker(kind, config), documents), limit))
-        if len(made) < 2:
+        kind_items = list(islice(_made(kind, _maker(kind, config), documents), limit))
+        if len(kind_items) < 2:
             raise AtomError(
-                f"text-items: the held-out documents give {len(made)} items of kind {kind}, and two are needed for an "
-                "interval; hold out more or longer documents, or leave it out of evaluation.text_items.kinds"
+                f"text-items: the held-out documents give {len(kind_items)} items of kind {kind}, and two are needed "
+                "for an interval; hold out more or longer documents, or leave it out of evaluation.text_items.kinds"
             )
-        report.note(f"{len(made)} items of {kind}")
-        items += made
+        report.note(f"{len(kind_items)} items of {kind}")
+        items += kind_items
     ngrams = KneserNey.fit(_training_text(kept, sorted({item["source"] for item in items})), ORDER)
     for item in items:
         prefix, choices = item["prefix"].encode(), json.loads(item["choices"])

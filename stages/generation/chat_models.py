@@ -29,7 +29,7 @@ MOST_LINE, MOST_BYTES = 1 << 20, 1 << 26
 
 @dataclass(frozen=True)
 class ChatSampling:
-    """How an answer is drawn. The names are those of OpenAI's API.
+    """Settings of the drawing of an answer. The names are those of OpenAI's API.
 
     Attributes:
         temperature: Temperature of sampling; 0 takes the likeliest token each time.

@@ -427,7 +427,7 @@ class Engine:
             yield Piece(name, boxes(name, self.shapes[name]), 0, buffer.numel()), buffer
 
     def router_state(self) -> dict[str, Any]:
-        """What the routers need to go on beside the tensors: entries of state.json, the same on every rank."""
+        """Returns the state of the routers beside the tensors: entries of state.json, the same on every rank."""
         return self.routers.state() if self.routers else {}
 
     def load_state(
