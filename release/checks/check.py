@@ -117,6 +117,7 @@ class Check:
         confined: True if it runs within limits. A check that starts a process of its own sets its limits itself.
         gate: The name in evidence/gates.json; "" if it is no gate. Checks of one gate run together.
         remedy: The advice of the gate.
+        libraries: Modules that take long to import, beside those of every check.
     """
 
     name: str
@@ -128,6 +129,7 @@ class Check:
     confined: bool = True
     gate: str = ""
     remedy: str = ""
+    libraries: tuple[str, ...] = ()
 
     def applies_to(self, release: Release) -> bool:
         """Returns True if a folder has the subject of the check."""

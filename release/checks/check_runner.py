@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import faulthandler
 import gc
+import importlib
 import json
 import os
 import resource
@@ -17,7 +18,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,6 +30,17 @@ from release.checks.verdict import CheckResult, answer
 from release.opened_release import Release
 from release.untrusted import Tree, real_bytes
 
+LIBRARIES = (
+    "jinja2.ext",
+    "jinja2.sandbox",
+    "numpy",
+    "pandas",
+    "pyarrow.acero",
+    "pyarrow.compute",
+    "pyarrow.dataset",
+    "pyarrow.parquet",
+)
+"""What most checks import."""
 STATUS = "/proc/self/status"
 WAITING = 5
 """Wall-clock seconds for each second of processor time, because other processes use the processor as well."""
@@ -229,17 +241,14 @@ def guarded(name: str, question: Callable[[], CheckResult]) -> CheckResult:
         return answer(name, [f"cannot be checked: {type(error).__name__}: {' '.join(str(error).split())}"])
 
 
-def load_libraries(deep: bool) -> None:
-    """Imports the libraries of checks once, so that not every check process imports them within its limits."""
-    import numpy  # noqa: F401
-    import pyarrow as pa
-    import pyarrow.compute
-    import pyarrow.parquet
+def load_libraries(names: Sequence[str] = LIBRARIES) -> None:
+    """Imports libraries of checks once, so that not every check process imports them within its limits.
 
-    pa.table({"column": [1]}).to_pylist()  # looks for pandas
-    if deep:
-        with suppress(ImportError):  # the check that needs it says so
-            import torch  # noqa: F401
+    A check says itself which of them it lacks.
+    """
+    for name in names:
+        with suppress(ImportError):
+            importlib.import_module(name)
 
 
 class CheckRunner:
@@ -272,7 +281,10 @@ class CheckRunner:
         def question() -> CheckResult:
             return run_check(check.name, lambda: check.function(self.release))
 
-        return self.run(check.name, question, check.reads_of(self.release)) if check.confined else question()
+        if not check.confined:
+            return question()
+        load_libraries(check.libraries)
+        return self.run(check.name, question, check.reads_of(self.release))
 
     def run(self, name: str, question: Callable[[], CheckResult], reads: Reads = NOTHING_LARGE) -> CheckResult:
         if self.spent:
@@ -308,7 +320,7 @@ class CheckRunner:
     def check_tables(self) -> Iterator[CheckResult]:
         """Checks that the unpacked size of tables is plausible for their bytes; the sizes are then known."""
         paths = sorted(path for path in self.tree.files if path.endswith(".parquet"))
-        load_libraries(self.deep)
+        load_libraries()
         if not paths or self.spent:
             return
         try:

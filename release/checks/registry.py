@@ -86,6 +86,10 @@ RENDERED = Reads(("model", "goldens", "tokenizer"))
 MERGED = Reads(("checkpoints/",), weights=True)
 FRESH = Reads(("dataset/evaluation/fresh/", "model/"), weights=True)
 
+VALIDATORS = ("cyclonedx.validation.json", "jsonschema", "rdflib", "spdx_python_model.v3_0_1")
+CARD_WRITERS = ("huggingface_hub.repocard", "jinja2.ext")
+TENSOR_READERS = ("safetensors.torch", "torch")
+
 EXPORT = "fix the export or tokenizer stage and run again"
 PREDICT = "a prediction counts if it is sealed before the first start: `atom predict`, then `atom run`"
 SMALLER = "change the recipe's section sizes and run again"
@@ -139,8 +143,17 @@ CHECKS: tuple[Check | BuildCheck, ...] = (
     *(BuildCheck(f"{model}_is_preferred", partial(learning.is_preferred, model), DPO) for model in PREFERRED),
     BuildCheck("contamination_report", scores.contamination_report),
     Check("card_metadata", cards.card_metadata, ALONE, EVERYTHING),
-    Check("cards", cards.cards, MODELS, EVERYTHING, gate="card_numbers", remedy="build again"),
-    Check("plots", cards.drawn_plots, MODELS, EVERYTHING, deep=True, gate="card_numbers", remedy="build again"),
+    Check("cards", cards.cards, MODELS, EVERYTHING, gate="card_numbers", remedy="build again", libraries=CARD_WRITERS),
+    Check(
+        "plots",
+        cards.drawn_plots,
+        MODELS,
+        EVERYTHING,
+        deep=True,
+        gate="card_numbers",
+        remedy="build again",
+        libraries=("matplotlib.figure",),
+    ),
     Check("croissant", cards.described_data, RELEASE, EVERYTHING),
     BuildCheck("croissant", cards.valid_croissant, "fix release/cards/croissant.py", private=True),
     Check("standards", evidence.standard_documents, RELEASE, EVERYTHING, gate="standards", remedy="build again"),
@@ -151,9 +164,10 @@ CHECKS: tuple[Check | BuildCheck, ...] = (
         EVIDENCED,
         gate="standards",
         remedy="fix release/standards",
+        libraries=VALIDATORS,
     ),
     Check("shards", weights.shards, TENSORS, EVERYTHING, gate="shards", remedy="run the export again"),
-    Check("weights", weights.tensors, TENSORS, WEIGHTS, deep=True),
+    Check("weights", weights.tensors, TENSORS, WEIGHTS, deep=True, libraries=TENSOR_READERS),
     Check("base", weights.published_base, RELEASE, BASE_FILES, needs=f"evidence/{BASE}", gate="base"),
     Check("merges", weights.merges, RELEASE, MERGED, deep=True, needs=MERGES, gate="merges", remedy=MERGE_AGAIN),
     Check("variants", weights.losses, RELEASE, LOSSES, needs=f"{VARIANT}-*/{LOSS}", gate="variants", remedy=AGAIN),

@@ -37,6 +37,7 @@ from release.repositories import files_below, read_sums
 from tests.fixtures import ROOT
 from tests.fixtures.audit_fixtures import verify
 from tests.fixtures.release_fixtures import resum
+from tests.fixtures.run_fixtures import at_length
 
 SECONDS, MEGABYTES = 30, 500
 """What is promised: processor time, and memory of the largest process."""
@@ -44,7 +45,7 @@ SERVER = """
 import json, os, resource, sys
 from release.checks import check_runner
 from release.audit.verify import verify
-check_runner.load_libraries(False)
+check_runner.load_libraries()
 for line in sys.stdin:
     if os.fork() == 0:
         verdict = verify(json.loads(line)).to_json()
@@ -237,6 +238,8 @@ TREES: dict[str, tuple[Callable[[Path], None], str]] = {
     "files that give memory": (with_allowances(long_values_of_many), "cannot be checked: it "),
     "a table below the limit": (below_the_growth, "cannot be checked: "),
 }  # fmt: skip
+SLOW_TREES = ("releases within", "files that give time")
+"""Those that take all the time there is."""
 BOMBS: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "deep JSON": ("evidence/gates.json", lambda p: p.write_text("[" * 100_000), "nested too deeply"),
     "long number": ("model/parity.json", lambda p: p.write_text("9" * 1_000_000), "no JSON that can be read"),
@@ -318,7 +321,9 @@ def test_a_bomb_of_any_format_is_reported(bomb: str, copy: Path) -> None:
     assert expected in "\n".join(wrong), wrong
 
 
-@pytest.mark.parametrize("tree", TREES)
+@pytest.mark.parametrize(
+    "tree", [pytest.param(tree, marks=at_length("release", 40) if tree in SLOW_TREES else ()) for tree in TREES]
+)
 def test_a_hostile_tree_is_reported(tree: str, copy: Path) -> None:
     make, expected = TREES[tree]
     make(copy)

@@ -26,6 +26,7 @@ from tests.fixtures import release_fixtures
 from tests.fixtures.audit_fixtures import verify
 from tests.fixtures.conversation_fixtures import CONVERSATIONS
 from tests.fixtures.release_fixtures import resum
+from tests.fixtures.run_fixtures import SOAK
 
 
 class LeavesFile:
@@ -118,7 +119,8 @@ def test_code_of_a_models_own_is_refused_and_not_run(copy: Path, tmp_path: Path,
 def test_goldens_are_compared_and_missed(copy: Path) -> None:
     path = copy / "model/goldens.json"
     body = json.loads(path.read_text())
-    for value in (float("nan"), body["rows"][0]["logits"][0] + 0.01):
+    other = body["rows"][0]["logits"][0] + 0.01
+    for value in (float("nan"), other) if SOAK else (other,):
         body["rows"][0]["logits"][0] = value
         path.write_text(json.dumps(body, indent=1) + "\n")
         resum(copy)

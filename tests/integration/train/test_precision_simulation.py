@@ -104,7 +104,7 @@ def test_a_bad_format_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
             return range(0)
 
     monkeypatch.setattr(precision_simulation, "RECIPES", {"bad": Everywhere(E2M1, E2M1, None)})
-    report, _ = rehearse(tmp_path, precisions=["bad"], steps=16, seeds=2)
+    report, _ = rehearse(tmp_path, recipe="atom-smoke", precisions=["bad"], steps=16, seeds=2)
     (entry,) = report["precisions"]
     assert entry["verdict"] == report["verdict"] == "fails" and min(entry["by_seed"]) > 0.01
 
