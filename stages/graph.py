@@ -116,6 +116,7 @@ def compose(recipe: Recipe, store: Store, without_data: bool = False) -> Graph:
         raise RecipeError(f"{recipe.title}: {problem}")
     data, absent = data_recipe.present() if without_data else (data_recipe.resolved(), ())
     seed, vocabulary, evaluation = config.seed, config.tokenizer.padded_vocab_size, config.evaluation
+    training_seed = seed if config.training_seed is None else config.training_seed
     phases = config.text_phases
     start, imported = _imported(recipe, config, store)
     continued = _continued_checkpoints(phases, recipe.title, store)
@@ -130,8 +131,8 @@ def compose(recipe: Recipe, store: Store, without_data: bool = False) -> Graph:
     specs += data.curation_nodes(seed, config.tokenizer, evaluated, import_inputs)
 
     # Training.
-    text_specs, trained = phase_nodes(phases, config.model, imported, continued, vocabulary, seed)
-    smaller, twins = size_nodes(config.sizes, config.model, config.pretrain, vocabulary, seed)
+    text_specs, trained = phase_nodes(phases, config.model, imported, continued, vocabulary, training_seed)
+    smaller, twins = size_nodes(config.sizes, config.model, config.pretrain, vocabulary, training_seed)
     base = phases[-1].result
     post_training = PostTraining(
         rlvr=config.rlvr,
@@ -141,7 +142,7 @@ def compose(recipe: Recipe, store: Store, without_data: bool = False) -> Graph:
         model=trained[base].model,
         base=base,
         padded_vocab_size=vocabulary,
-        seed=seed,
+        seed=training_seed,
         benchmark_ngram=data.curation.decontamination.ngram if benchmarks else None,
     )
     trained |= trained_models(post_training)
@@ -158,7 +159,7 @@ def compose(recipe: Recipe, store: Store, without_data: bool = False) -> Graph:
     for model in (*models.values(), *twins):
         nodes_of_kind = smaller if model.twin else specs
         converses = model.name in chat_models
-        nodes_of_kind.append(export_node(model, converses, vocabulary, evaluation.parity_tolerance, seed))
+        nodes_of_kind.append(export_node(model, converses, vocabulary, evaluation.parity_tolerance, training_seed))
         nodes_of_kind.append(heldout_node(measured, model))
     specs.append(baselines_node(measured))
     if config.sft:

@@ -21,6 +21,7 @@ from pipeline.core.bounds import (
     LongLine,
     Namespace,
     Range,
+    Seed,
     SourceName,
     Text,
     Words,
@@ -165,6 +166,9 @@ class ReleaseSection(Config):
 class ReleaseRecipe(Identity):
     """A release. Phases whose section is left out are not trained."""
 
+    training_seed: Seed | None = added(None)
+    """seed of initial weights, orders, tasks and answers, so that recipes may share their corpus and differ in it;
+    null: seed"""
     tokenizer: TokenizerSection
     """training of the tokenizer"""
     start_from: StartFrom | None = added(None)

@@ -297,3 +297,18 @@ def test_what_this_machine_lacks_is_no_note_where_jobs_have_another_python(
     }
     assert notes["dev"] and all(note.startswith("on this machine: ") for note in notes["dev"])
     assert not notes["h100-modules"] and not notes["h100-pyxis"]
+
+
+def test_another_training_seed_keeps_the_data(tmp_path: Path) -> None:
+    store = Store(tmp_path / "home")
+    first, second = (
+        dag.compose(recipes.load(write(tmp_path / f"{seed}.yaml", seed__0=f"seed: 0\ntraining_seed: {seed}")), store)
+        for seed in (0, 1)
+    )
+
+    same = {name for name, node in first.nodes.items() if node.key == second.nodes[name].key}
+
+    assert {"tokenize", "items"} <= same
+    assert not same & {"order-pretrain", "pretrain", "export-init", "sft", "rlvr"}
+    packaged = dag.compose(recipes.load("atom-smoke"), store)
+    assert packaged.nodes["pretrain"].key == first.nodes["pretrain"].key

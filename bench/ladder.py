@@ -1,0 +1,269 @@
+"""Runs a ladder of widths, budgets and seeds, seals a forecast of larger runs, makes them, and compares.
+
+    .venv/bin/python bench/ladder.py --home runs/ladder                 # everything, in order
+    .venv/bin/python bench/ladder.py --home runs/ladder --until seal    # up to the sealed forecast
+    .venv/bin/python bench/ladder.py --quick                            # two steps of each run, to try it
+
+The text are the source distributions of data_recipes/pypi.lock.yaml, which are fetched first; bench/ladder.yaml has the
+sizes. For each width the rate with the least held-out loss on the smallest budget is taken. To all runs of the ladder a
+law L = E + A/N^alpha + B/D^beta is fitted (`atom ladder`), one for the held-out loss and one for bits per byte; its
+bands of 90 % are for one further run, so they have the noise of seeds. What the laws say of the target is written to
+forecast.json, which is refused once a run of the target has begun. Then the target is run and compared.
+
+Runs are sealed in the home: a run that was stopped goes on. The last line is one JSON object; its ratio is the measured
+bits per byte of the target divided by those forecast.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pipeline.core import atomic_files
+from pipeline.core.store import Store
+from pipeline.graph import dag
+from pipeline.graph import recipe as recipes
+from release.prediction import ladder
+
+ROOT = Path(__file__).resolve().parent.parent
+FIGURES = {"loss": "held-out loss, nats a token", "bits": "bits per byte of held-out documents"}
+SUMMARY, FORECAST = "ladder.json", "forecast.json"
+STEPS = ("run", "seal", "compare")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run of the ladder or of the target.
+
+    Attributes:
+        width: Hidden size.
+        tokens: Training tokens.
+        rate: Peak learning rate.
+        seed: Training seed.
+    """
+
+    width: int
+    tokens: int
+    rate: float
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"ladder-{self.width}-{self.tokens // 1000}k-{self.rate * 1000:g}m-{self.seed}".replace(".", "p")
+
+
+class Experiment:
+    """The runs of a plan in one home.
+
+    Attributes:
+        plan: The content of bench/ladder.yaml.
+        home: Where runs are sealed.
+        data: The data recipe of all runs.
+        quick: True if runs have two steps.
+    """
+
+    def __init__(self, plan: Mapping[str, Any], home: Path, corpus: Path, quick: bool) -> None:
+        self.plan, self.home, self.quick = plan, home, quick
+        (home / "recipes").mkdir(parents=True, exist_ok=True)
+        self.data = home / "recipes/data.yaml"
+        atomic_files.write(self.data, yaml.safe_dump(self._data_recipe(corpus), sort_keys=False))
+
+    def _data_recipe(self, corpus: Path) -> dict[str, Any]:
+        body: dict[str, Any] = yaml.safe_load((ROOT / "data_recipes/packages.yaml").read_text("utf-8"))
+        kept = (*self.plan["sources"], "sums", "worked")  # problems, which every evaluation asks
+        body["sources"] = [source for source in body["sources"] if source["name"] in kept]
+        body["heldout_fraction"] = self.plan["heldout_fraction"]
+        for source in body["sources"]:
+            if source["name"] in self.plan["sources"]:
+                # A copy: sources share their reader in the file.
+                source["reader"] = {
+                    **source["reader"],
+                    "path": str(corpus),
+                    "lock": str(ROOT / "data_recipes/pypi.lock.yaml"),
+                }
+        return body
+
+    def write_recipe(self, run: Run) -> Path:
+        """Writes the recipe of a run, and returns its path."""
+        recipe = json.loads(json.dumps(self.plan["recipe"]))
+        shape, phase = self.plan["shape"], recipe["pretrain"]
+        heads = run.width // shape["head_dim"]
+        sizes = {"hidden_size": run.width, "moe_intermediate_size": run.width, "heads": heads, "kv_heads": heads}
+        recipe["model"] |= {**shape, **sizes}
+        phase["steps"] = 2 if self.quick else run.tokens // phase["batch"]["global_tokens"]
+        phase["optimizer"]["lr"] = run.rate
+        if self.quick:
+            phase["optimizer"]["warmup_steps"] = 1
+        file = self.home / "recipes" / f"{run.name}.yaml"
+        names = {"name": run.name, "data": str(self.data), "training_seed": run.seed}
+        atomic_files.write(file, yaml.safe_dump(names | recipe, sort_keys=False))
+        return file
+
+    def begun(self, run: Run) -> bool:
+        """Returns True if the training of a run has left anything."""
+        store = Store(self.home)
+        key = dag.compose(recipes.load(str(self.write_recipe(run))), store).nodes["pretrain"].key
+        return store.sealed(key) or store.work(key).exists()
+
+    def measure(self, run: Run) -> dict[str, float]:
+        """Runs a recipe until its base model is evaluated.
+
+        Returns:
+            Active parameters, tokens and FLOPs, `loss` in nats a token, and `bits` per byte, also by source.
+
+        Raises:
+            SystemExit: With what the run printed, if it failed.
+        """
+        file = self.write_recipe(run)
+        command = [sys.executable, "-m", "pipeline.cli", "run", str(file), "--until", "evaluate-base"]
+        environment = {**os.environ, "ATOM_HOME": str(self.home), "MLFLOW_TRACKING_URI": "none", "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise SystemExit(f"{run.name}: exit {done.returncode}\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+        store = Store(self.home)
+        graph = dag.compose(recipes.load(str(file)), store)
+        (point,) = ladder.read_runs([graph], store)
+        scores = json.loads((store.artifacts / graph.nodes["evaluate-base"].key / "scores.json").read_text())
+        bits = {
+            f"bits of {name}": row["value"]
+            for name, row in scores["bits_per_byte"].items()
+            if name in self.plan["sources"]
+        }
+        text = [bits[f"bits of {name}"] for name in self.plan["sources"]]
+        figures = {**point.figures, **bits, "bits": statistics.fmean(text)}
+        print(f"{run.name:<28} loss {figures['loss']:.4f}  bits per byte {figures['bits']:.4f}", flush=True)
+        return figures
+
+    def measure_all(self, runs: Sequence[Run], jobs: int) -> dict[Run, dict[str, float]]:
+        """Measures runs, some at a time; the first one alone, since all others need its data."""
+        results = {runs[0]: self.measure(runs[0])}
+        with ThreadPoolExecutor(jobs) as pool:
+            rest = [run for run in runs if run not in results]
+            results |= dict(zip(rest, pool.map(self.measure, rest), strict=True))
+        return results
+
+
+def best_rates(results: Mapping[Run, Mapping[str, float]]) -> dict[int, float]:
+    """Returns {width: the rate with the least held-out loss}."""
+    best: dict[int, Run] = {}
+    for run, figures in results.items():
+        if run.width not in best or figures["loss"] < results[best[run.width]]["loss"]:
+            best[run.width] = run
+    return {width: run.rate for width, run in best.items()}
+
+
+def forecasts(points: Mapping[Run, Mapping[str, float]], at: Mapping[str, float]) -> dict[str, dict[str, float]]:
+    """Returns {figure: value, low and high of one further run} at the parameters and tokens of the target."""
+    rows = {}
+    for figure in FIGURES:
+        named = [ladder.Point(run.name, {**figures, "loss": figures[figure]}) for run, figures in points.items()]
+        band = ladder.make(named, [("target", at)]).expectations[0].band
+        rows[figure] = {"value": band.value, "low": band.low, "high": band.high}
+    return rows
+
+
+def seal(experiment: Experiment, points: Mapping[Run, Mapping[str, float]], targets: Sequence[Run]) -> dict[str, Any]:
+    """Writes the forecast of the target, or returns the one that was written before its runs.
+
+    Raises:
+        SystemExit: If the target has begun without a forecast.
+    """
+    file = experiment.home / FORECAST
+    if file.exists():
+        body: dict[str, Any] = json.loads(file.read_text())
+        return body
+    if any(experiment.begun(run) for run in targets):
+        raise SystemExit("a run of the target has begun, and a forecast is sealed before that; take another --home")
+    store = Store(experiment.home)
+    graph = dag.compose(recipes.load(str(experiment.write_recipe(targets[0]))), store)
+    at = ladder.size_of(graph)
+    rows = [{"name": run.name, **figures} for run, figures in points.items()]
+    body = {
+        "target": {"names": [run.name for run in targets], **at},
+        "forecasts": forecasts(points, at),
+        "points": rows,
+    }
+    atomic_files.write(file, json.dumps(body, indent=1, sort_keys=True, allow_nan=False) + "\n")
+    return body
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--home", type=Path, help="where runs are kept; default: a temporary folder")
+    parser.add_argument(
+        "--corpus", type=Path, default=ROOT / "corpora/packages/pypi", help="where the packages are kept"
+    )
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
+    parser.add_argument("--until", choices=STEPS, default=STEPS[-1], help="the last step")
+    parser.add_argument("--quick", action="store_true", help="two steps of each run; the figures mean nothing")
+    options = parser.parse_args()
+    plan = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text("utf-8"))
+    fetch = [sys.executable, "-m", "stages.data.acquire.packages.fetch", "locked"]
+    subprocess.run([*fetch, str(ROOT / "data_recipes/pypi.lock.yaml"), str(options.corpus)], cwd=ROOT, check=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        home = (options.home or Path(scratch) / "home").absolute()
+        return compare(Experiment(plan, home, options.corpus.absolute(), options.quick), options.jobs, options.until)
+
+
+def compare(experiment: Experiment, jobs: int, until: str) -> int:
+    """Makes the runs up to a step, and prints what they show."""
+    plan = experiment.plan
+    seeds, budgets = plan["seeds"], plan["tokens"]
+    tried = [Run(width, budgets[0], rate, seeds[0]) for width in plan["widths"] for rate in plan["rates"]]
+    tuning = experiment.measure_all(tried, jobs)
+    rates = best_rates(tuning)
+    print(f"rates by width: {rates}", flush=True)
+    # The longest first, so that no core waits at the end.
+    sizes = sorted(itertools.product(plan["widths"], budgets, seeds), key=lambda size: -(size[0] ** 2) * size[1])
+    points = experiment.measure_all([Run(width, tokens, rates[width], seed) for width, tokens, seed in sizes], jobs)
+    points = dict(sorted(points.items(), key=lambda row: row[0].name))
+    report: dict[str, Any] = {
+        "rates": {str(width): rate for width, rate in rates.items()},
+        "tuning": [{"name": run.name, **figures} for run, figures in tuning.items()],
+    }
+    if until == "run":
+        return 0
+
+    # The rate of the largest width: the target is not tuned.
+    target = plan["target"]
+    targets = [Run(target["width"], target["tokens"], rates[max(plan["widths"])], seed) for seed in seeds]
+    sealed = seal(experiment, points, targets)
+    for figure, band in sealed["forecasts"].items():
+        print(
+            f"forecast of {FIGURES[figure]}: {band['value']:.4f} ({band['low']:.4f} to {band['high']:.4f})", flush=True
+        )
+    if until == "seal":
+        return 0
+
+    measured = experiment.measure_all(targets, jobs)
+    report["measured"] = [{"name": run.name, **figures} for run, figures in measured.items()]
+    ratios = {}
+    for figure, band in sealed["forecasts"].items():
+        values = [figures[figure] for figures in measured.values()]
+        inside = sum(band["low"] <= value <= band["high"] for value in values)
+        shown = ", ".join(f"{value:.4f}" for value in values)
+        print(f"{FIGURES[figure]}: {shown}; {inside} of {len(values)} inside the band")
+        ratios[figure] = [value / band["value"] for value in values]
+    atomic_files.write(experiment.home / SUMMARY, json.dumps({**sealed, **report}, indent=1, sort_keys=True) + "\n")
+    bits = ratios["bits"]
+    result = {"ratio": statistics.fmean(bits), "low": min(bits), "high": max(bits), "target": 1.0, "unit": "x"}
+    print(json.dumps({"name": "ladder", **result, "machine": f"{platform.machine()}, {os.cpu_count()} CPUs"}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
