@@ -184,6 +184,7 @@ def heldout_config(measured: Measured, model: ExportedModel) -> dict[str, Any]:
         "max_new_tokens": section.max_new_tokens,
         "engine": section.engine,
         "conversations": measured.data.conversations,
+        "works": measured.data.works,
         "expected": _expected(measured, model, section.tokens(sources), section.pieces(sources)),
     }
 
