@@ -70,14 +70,14 @@ def scored_documents(documents: Sequence[DocumentScore]) -> list[DocumentScore]:
         AtomError: A source has fewer than two, or they are all of one work.
     """
     scored = [row for row in documents if row["bytes"]]
-    for source in sorted({row["source"] for row in documents}):
-        works = [row["work"] for row in scored if row["source"] == source]
-        if len(set(works)) < 2:
-            reason = f"{len(works)} documents of the work {works[0]}" if len(works) > 1 else "fewer than two documents"
-            raise AtomError(
-                f"evaluate: source {source} has {reason} to score, and an error bar needs two that are independent; "
-                "raise evaluation.heldout_documents, or heldout_fraction in the data recipe"
-            )
+    works: dict[str, set[str]] = {row["source"]: set() for row in documents}
+    for row in scored:
+        works[row["source"]].add(row["work"])
+    if few := next((source for source, names in works.items() if len(names) < 2), None):
+        raise AtomError(
+            f"evaluate: source {few} has fewer than two documents to score, where those of one work count as one, and "
+            "an error bar needs two; hold out more"
+        )
     return scored
 
 
