@@ -50,16 +50,16 @@ def change_of_loss(
     before: dict[str, dict[str, Any]], after: dict[str, dict[str, Any]], source: str | None
 ) -> dict[str, float]:
     """Bits per byte before and after on the same documents, and the difference with its interval. Each model's ratio is
-    of the bytes that it scored: a longer context scores more of a long document."""
+    of the bytes that it scored: a longer context scores more of a long document. The interval is over works."""
     ids = [name for name, row in before.items() if source is None or row["source"] == source]
-    values, errors = [], [0.0] * len(ids)
+    values, errors = [], dict.fromkeys((before[name]["work"] for name in ids), 0.0)
     for sign, rows in ((-1, before), (1, after)):
         size = sum(rows[name]["bytes"] for name in ids)
         value = sum(rows[name]["nll_bits"] for name in ids) / size
         values.append(value)
-        for number, name in enumerate(ids):
-            errors[number] += sign * (rows[name]["nll_bits"] - value * rows[name]["bytes"]) / size
-    half = Z95 * math.sqrt(len(ids) / (len(ids) - 1) * sum(error * error for error in errors))
+        for name in ids:
+            errors[before[name]["work"]] += sign * (rows[name]["nll_bits"] - value * rows[name]["bytes"]) / size
+    half = Z95 * math.sqrt(len(errors) / (len(errors) - 1) * sum(error * error for error in errors.values()))
     return {"before": values[0], "after": values[1], "change": values[1] - values[0], "half": half}
 
 

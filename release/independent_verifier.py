@@ -14,7 +14,6 @@ import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from functools import cache, partial
-from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,6 @@ SIGNATURES = {"model.sig", "model.pub"}  # they sign the checksums, and are in n
 GATES = {"evidence/gates.json", "evidence/attestations/gates.json"}  # without an origin
 KEPT = ["id", "source", "content_hash", "license", "split"]
 TOKENS = ["id", "source", "split", "part", "ordinal", "content_hash", "tokens"]
-split = itemgetter(2)
 near = partial(math.isclose, rel_tol=1e-9, abs_tol=1e-12)
 
 
@@ -157,7 +155,7 @@ def documents(root: Path) -> Iterator[str]:
             if given != expected:
                 yield f"{place}: the kept documents are not those of the dispositions"
             shards = [tuple(row[name] for name in columns) for row in rows(tokens, columns)]
-            if sorted(shards, key=split) != sorted(expected, key=split):
+            if sorted(shards, key=lambda row: row[2]) != sorted(expected, key=lambda row: row[2]):
                 yield f"{place}: the tokenized documents are not the kept ones"
         if set(counts) - {("kept", False), ("removed", True)}:
             yield f"{source}: a document is neither kept nor removed by a rule"
@@ -225,29 +223,31 @@ def order(root: Path) -> Iterator[str]:
                 yield f"order/{meta['phase']}: {tokens[source]} targets of {source}, stated {of_source['tokens']}"
 
 
-def ratio(pairs: list[tuple[float, int]]) -> tuple[float, float]:
-    """Ratio of sums, with its linearized standard error over documents."""
-    size, n = sum(b for _, b in pairs), len(pairs)
-    value = math.fsum(bits for bits, _ in pairs) / size
-    return value, math.sqrt(n / (n - 1) * math.fsum((bits - value * b) ** 2 for bits, b in pairs)) / size
+def ratio(works: dict[str, tuple[float, int]]) -> tuple[float, dict[str, float]]:
+    """Ratio of (bits, bytes) of works, and the deviation of each, whose squares add up to the variance of the bits."""
+    n, bits, size = len(works), *map(math.fsum, zip(*works.values(), strict=True))
+    return bits / size, {w: math.sqrt(n / (n - 1)) * (b - bits / size * s) for w, (b, s) in works.items()}
 
 
 def scores(root: Path) -> Iterator[str]:
     """Bits per byte, exact match and win rates follow from their tables."""
     for table in sorted((root / "dataset/evaluation").glob("*/documents.parquet")):
-        stated, by_source, by_task = read(table.with_name("scores.json")), defaultdict(list), defaultdict(list)
-        for row in rows(table, ["source", "nll_bits", "bytes"]):
-            by_source[row["source"]].append((row["nll_bits"], row["bytes"]))
+        stated, sources, by_task = read(table.with_name("scores.json")), defaultdict[str, Any](dict), defaultdict(list)
+        for row in rows(table, ["source", "work", "nll_bits", "bytes"]):
+            bits, size = sources[row["source"]].get(row["work"], (0.0, 0))
+            sources[row["source"]][row["work"]] = bits + row["nll_bits"], size + row["bytes"]
         for row in rows(table.with_name("items.parquet"), ["task", "score"]):
             by_task[row["task"]].append(row["score"])
         figures = stated["bits_per_byte"] | {"": stated["bits_per_byte_all"]}
         figures |= {f"task {name}": figure for name, figure in stated["accuracy"].items()}
         given = {name: (figure["value"], figure["se"]) for name, figure in figures.items()}
-        computed = {source: ratio(pairs) for source, pairs in by_source.items()}
-        sizes = {source: sum(size for _, size in pairs) for source, pairs in by_source.items()}
-        errors = [computed[source][1] * size for source, size in sizes.items()]  # sources are strata
-        bits = math.fsum(bits for pairs in by_source.values() for bits, _ in pairs)
-        computed[""] = bits / sum(sizes.values()), math.hypot(*errors) / sum(sizes.values())
+        computed, errors = {}, Counter[str]()
+        for source, works in sources.items():
+            value, deviations = ratio(works)
+            computed[source] = value, math.hypot(*deviations.values()) / sum(size for _, size in works.values())
+            errors.update(deviations)  # sources are strata, and a work may be in several
+        bits, size = map(math.fsum, zip(*(x for works in sources.values() for x in works.values()), strict=True))
+        computed[""] = bits / size, math.hypot(*errors.values()) / size
         for task, marks in by_task.items():
             p = sum(marks) / len(marks)
             computed[f"task {task}"] = p, math.sqrt(p * (1 - p) / len(marks))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Hashable, Iterable, Sequence
 from fractions import Fraction
 from typing import Literal, NotRequired, TypedDict
 
@@ -31,26 +32,59 @@ class Ratio(Figure):
         documents: The number of documents.
         bytes: The sum below the line, if it is of bytes.
         tokens: The sum below the line, if it is of tokens.
+        works: The number of works, if the standard error is over works.
     """
 
     documents: int
     bytes: NotRequired[int]
     tokens: NotRequired[int]
+    works: NotRequired[int]
 
 
-def ratio(pairs: Sequence[tuple[float, int]], unit: Literal["bytes", "tokens"] = "bytes") -> Ratio:
-    """Returns a ratio of sums and its linearised standard error over documents (Cochran, Sampling Techniques, §6.3).
+def ratio(
+    pairs: Sequence[tuple[float, int]], unit: Literal["bytes", "tokens"] = "bytes", works: Sequence[str] = ()
+) -> Ratio:
+    """Returns a ratio of sums and its linearised standard error (Cochran, Sampling Techniques, §6.3).
 
     Args:
-        pairs: (bits, size) of each document, at least two.
+        pairs: (bits, size) of each document.
         unit: The unit of the sizes.
+        works: The work of each document, with at least two different ones. Documents of one work are alike, so the
+            standard error is over works. Empty: it is over documents, of which there are at least two.
     """
-    n, total = len(pairs), sum(size for _, size in pairs)
-    value = math.fsum(bits for bits, _ in pairs) / total
-    spread = math.fsum((bits - value * size) ** 2 for bits, size in pairs)
-    estimate: Ratio = {"value": value, "se": math.sqrt(n / (n - 1) * spread) / total, "documents": n}
+    total = sum(size for _, size in pairs)
+    deviations = work_deviations(pairs, works)
+    estimate: Ratio = {
+        "value": math.fsum(bits for bits, _ in pairs) / total,
+        "se": root_of_squares(deviations.values()) / total,
+        "documents": len(pairs),
+    }
     estimate[unit] = total
+    if works:
+        estimate["works"] = len(deviations)
     return estimate
+
+
+def work_deviations(pairs: Sequence[tuple[float, int]], works: Sequence[Hashable] = ()) -> dict[Hashable, float]:
+    """Returns the deviation of each work from the ratio of all, scaled by √(n / (n - 1)) for n works.
+
+    The root of their summed squares is the standard error of the ratio, times the sum of all sizes.
+
+    Args:
+        pairs: (bits, size) of each document.
+        works: The work of each document; empty: each is one by itself.
+    """
+    value = math.fsum(bits for bits, _ in pairs) / sum(size for _, size in pairs)
+    deviations: dict[Hashable, list[float]] = defaultdict(list)
+    for work, (bits, size) in zip(works or range(len(pairs)), pairs, strict=True):
+        deviations[work].append(bits - value * size)
+    scale = math.sqrt(len(deviations) / (len(deviations) - 1))
+    return {work: scale * math.fsum(each) for work, each in deviations.items()}
+
+
+def root_of_squares(values: Iterable[float]) -> float:
+    """Returns the root of the sum of the squares. The sum is exactly rounded, and so the same in any order."""
+    return math.sqrt(math.fsum(value**2 for value in values))
 
 
 def binomial(scores: Sequence[int]) -> Mean:

@@ -162,6 +162,13 @@ def text(facts: dict[str, Any], width: int = WIDTH) -> str:
     ]
     item("steps", ", ".join(phases))
 
+    # The first caveats of the final model's card, before the figures that they qualify.
+    console.print("\nknow before any figure")
+    for sentence in facts["caveats"][:MOST_CAVEATS]:
+        console.print(Padding(sentence.replace("**", ""), (0, 0, 0, 2)))
+    if hidden := facts["caveats"][MOST_CAVEATS:]:
+        console.print(f"  - {len(hidden)} more: they begin model/README.md")
+
     # The scores of each model, with conversations where any model was asked in them.
     console.print()
     chat = facts["pass_at_1"]
@@ -180,13 +187,6 @@ def text(facts: dict[str, Any], width: int = WIDTH) -> str:
             console.print(Padding(sentence, (0, 0, 0, 2)))
         if len(lines) > MOST_BASELINES:
             console.print(f"  {len(lines) - MOST_BASELINES} more sources: on the model card")
-
-    # The first caveats of the final model's card.
-    console.print("\nknow before any figure")
-    for sentence in facts["caveats"][:MOST_CAVEATS]:
-        console.print(Padding(sentence.replace("**", ""), (0, 0, 0, 2)))
-    if hidden := facts["caveats"][MOST_CAVEATS:]:
-        console.print(f"  - {len(hidden)} more: they begin model/README.md")
 
     # The evidence: gates, checkpoints, signature and cost.
     console.print()

@@ -60,9 +60,9 @@ def comparison(model: ModelFacts) -> list[str]:
     sentence = (
         f"Bits per byte beside those of baselines that know the training text of the source: xz, and models of {ngram} "
         "and of single bytes (Kneser-Ney). All encode the same bytes of the same documents; xz encodes those of a "
-        "source together. 95 % intervals of differences are over documents, as if these were independent; documents "
-        "of one work are not. *In training text*: share of these bytes "
-        "that lie in 50 bytes which the training split has as well."
+        "source together. 95 % intervals of differences are over works, such as packages, where whole works are held "
+        "out, otherwise over documents. *In training text*: share of these bytes that lie in 50 bytes which the "
+        "training split has as well."
     )
     if samples:
         sentence += f" Of large sources the baselines know a sample; bytes: {samples}."

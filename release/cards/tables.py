@@ -179,8 +179,8 @@ def context_gain(scores: dict[str, ModelScores]) -> list[str]:
         "Bits per byte of every source are of documents that are cut to a model's own context, so a model with a "
         "longer one scores further bytes. Here all models score the same bytes twice: after at most "
         f"{count(last['short_tokens'] - 1)} tokens, and after all before them in documents of {count(last['tokens'])} "
-        "tokens. The gain is the difference, with the standard error of differences within documents; a negative one "
-        "is a loss, of a model that was not trained on so long a context."
+        "tokens. The gain is the difference, with the standard error of differences within documents, as if those of "
+        "one work were independent; a negative one is a loss, of a model that was not trained on so long a context."
     )
     return explained_table(sentence, ["model after", "documents", "short", "long", "gain"], body)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from pipeline.core.errors import AtomError
 from pipeline.core.store import sha256_file
@@ -19,7 +20,7 @@ from release.checks.check import BuildContext, Findings
 from release.facts.published_tables import read_json
 from release.facts.runtimes import REFERENCE, RUNTIMES, problem_of
 from release.facts.variant_facts import Original, base_of, compute_loss, read_original, read_variant_facts
-from release.layout import BASE, LOSS, MERGE, MODEL, PUBLIC_KEY, SIGNATURE, SUMS, models_of, when
+from release.layout import BASE, LOSS, MERGE, MODEL, PUBLIC_KEY, RECIPE, SIGNATURE, SUMS, models_of, when
 from release.layout import RUNTIMES as FILE
 from release.opened_release import Release
 from release.published_files import ADAPTER
@@ -169,18 +170,26 @@ def published_base(release: Release) -> Findings:
 
 
 def merges(release: Release) -> Findings:
-    """Checks that merged weights are the average of the last published checkpoints of their phase, bit for bit."""
+    """Checks that merged weights are the average of the last published checkpoints of their phase, bit for bit.
+
+    These are as many as the recipe averages, and `merge.json` of each model states the same.
+    """
     import torch
 
     from stages.train.checkpoint.release_checkpoint import Tensors, name_of
     from stages.train.merge import average
 
-    problems, texts = list[str](), list[str]()
+    problems, texts, wanted = list[str](), list[str](), _averaged(release.recipe)
     for row in release.checkpoints:
         if not row.phase.startswith(MERGE):
             continue
         phase, steps, stated = row.phase.removeprefix(MERGE), row.state["merge"]["steps"], row.state["merge"]["files"]
         trained = [other for other in release.checkpoints if other.phase == phase and other.step > 0]
+        if len(steps) != (last := wanted.pop(phase, 0)):
+            problems.append(f"{row.branch}/state.json averages {len(steps)} checkpoints, and {RECIPE} {last or 'none'}")
+        for path in sorted(release.root.glob(f"{MODEL}*/training/{row.phase}.json")):
+            if read_json(path) != row.state["merge"]:
+                problems.append(f"{path.relative_to(release.root)} states another average than {row.branch}/state.json")
         sources = {other.step: release.root / "checkpoints" / other.branch for other in trained[-len(steps) :]}
         if list(sources) != steps or steps[-1] != row.step:
             problems.append(f"{row.branch}/state.json names other steps than those of the last checkpoints of {phase}")
@@ -196,7 +205,15 @@ def merges(release: Release) -> Findings:
             if not is_everywhere or not torch.equal(merged[name], average(averaged, name)):
                 problems.append(f"{row.branch}: tensor {name} is not the average of those of steps {steps}")
         texts.append(f"{phase}: {len(names)} tensors are the averages of those of steps {', '.join(map(str, steps))}")
+    problems += [f"{RECIPE} averages checkpoints of {phase}, and the release has no average" for phase in wanted]
     return Findings([escaped(line) for line in problems], detail="; ".join(texts), summary="; ".join(texts))
+
+
+def _averaged(recipe: dict[str, Any]) -> dict[str, int]:
+    """Returns the number of averaged checkpoints of each phase with a section `merge`."""
+    sections = {phase: recipe.get(phase) for phase in ("pretrain", "midtrain", "sft")}
+    sections |= {f"longcontext-{number}": section for number, section in enumerate(recipe.get("long_context", ()), 1)}
+    return {phase: section["merge"]["last"] for phase, section in sections.items() if section and section.get("merge")}
 
 
 WITH_VARIANT = frozenset({"README.md", "LICENSE", LOSS, SUMS, SIGNATURE, PUBLIC_KEY})

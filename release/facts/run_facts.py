@@ -285,7 +285,7 @@ def _read_size(release: Path, name: str, settings: Mapping[str, Any]) -> Trained
         return trained
     from stages.evaluation.model_evaluation import bits_per_byte
 
-    of_model, of_base = (read_rows(path, ["source", "id", "bytes", "nll_bits"]) for path in paths)
+    of_model, of_base = (read_rows(path, ["source", "id", "work", "bytes", "nll_bits"]) for path in paths)
     trained = replace(trained, bits=bits_per_byte(cast(Any, of_model))[1])
     if [(row["id"], row["bytes"]) for row in of_model] != [(row["id"], row["bytes"]) for row in of_base]:
         return trained

@@ -154,7 +154,7 @@ class ExampleAnswer:
 def merge_effects(dataset: Path, models: Iterable[str]) -> dict[str, Ratio]:
     """Returns by how much merging changed the bits per byte of the held-out documents, by phase.
 
-    Standard errors are those of the differences of the same documents.
+    Standard errors are those of the differences of the same documents, over works.
 
     Args:
         dataset: A dataset repository.
@@ -169,7 +169,7 @@ def merge_effects(dataset: Path, models: Iterable[str]) -> dict[str, Ratio]:
             for model in (name, name.removeprefix(UNMERGED))
         )
         changes = [(row["nll_bits"] - last[key]["nll_bits"], row["bytes"]) for key, row in merged.items()]
-        effects[trained_by(name)] = ratio(changes)
+        effects[trained_by(name)] = ratio(changes, works=[row["work"] for row in merged.values()])
     return effects
 
 

@@ -269,6 +269,11 @@ class DataRecipe(Config):
         """The sources whose documents are turns of conversations."""
         return tuple(source.name for source in self.sources if source.kind == "chat")
 
+    @property
+    def works(self) -> dict[str, str]:
+        """The patterns of works, by source of which whole works are held out."""
+        return {source.name: pattern for source in self.sources if (pattern := self.work_of(source))}
+
     def _resolved_curation(self) -> CurationSettings:
         """Returns the settings of curation with the digest of the deny-list, if there is one."""
         path, pin = self.curation.deny_list, self.curation.deny_list_sha256

@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     Hashes = np.ndarray[Any, np.dtype[np.uint64]]
     Mask = np.ndarray[Any, np.dtype[np.bool_]]
 
-VERSION = 2
+VERSION = 3
 ROLE = "evaluate-"
 # Bytes of a match between held-out and training text.
 WINDOW = 50
@@ -174,12 +174,15 @@ def summary(
     figures: dict[str, SourceBaselines] = {}
     for source, bits in sorted(xz.items()):
         pairs = [(row, scores[row["id"], row["bytes"]]) for row in documents if row["source"] == source]
+        works = [row["work"] for row, _ in pairs]
         figures[source] = {
             "xz": {"value": bits / sum(row["bytes"] for row, _ in pairs), "bits": bits},
-            "ngram": ratio([(score["ngram_bits"], score["bytes"]) for _, score in pairs]),
-            "unigram": ratio([(score["unigram_bits"], score["bytes"]) for _, score in pairs]),
+            "ngram": ratio([(score["ngram_bits"], score["bytes"]) for _, score in pairs], works=works),
+            "unigram": ratio([(score["unigram_bits"], score["bytes"]) for _, score in pairs], works=works),
             # Paired by document, so that what makes a document hard for both cancels.
-            "less_ngram": ratio([(row["nll_bits"] - score["ngram_bits"], row["bytes"]) for row, score in pairs]),
+            "less_ngram": ratio(
+                [(row["nll_bits"] - score["ngram_bits"], row["bytes"]) for row, score in pairs], works=works
+            ),
         }
     return figures
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import heapq
 import json
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from itertools import groupby
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypedDict
 
 from pipeline.core.bounds import Range
 from pipeline.core.errors import AtomError
+from stages.data.curate.settings import work_of
 from stages.formats.table import (
     Double,
     Int32,
@@ -49,6 +50,8 @@ class DocumentScore(TypedDict):
     """source of the document"""
     id: String
     """id of the document"""
+    work: String
+    """work that it is a part of, if works are held out as a whole; its id if it is one by itself"""
     bytes: Int64
     """bytes of the scored text"""
     tokens: Int32
@@ -64,17 +67,26 @@ def scored_documents(documents: Sequence[DocumentScore]) -> list[DocumentScore]:
     """Returns the documents of which something was scored; all others are questions as long as the model's context.
 
     Raises:
-        AtomError: A source has fewer than two.
+        AtomError: A source has fewer than two, or they are all of one work.
     """
     scored = [row for row in documents if row["bytes"]]
-    counts = Counter(row["source"] for row in scored)
-    if few := next((row["source"] for row in documents if counts[row["source"]] < 2), None):
-        raise AtomError(f"evaluate: source {few} has fewer than two documents to score; hold out more")
+    works: dict[str, set[str]] = {row["source"]: set() for row in documents}
+    for row in scored:
+        works[row["source"]].add(row["work"])
+    if few := next((source for source, names in works.items() if len(names) < 2), None):
+        raise AtomError(
+            f"evaluate: source {few} has fewer than two documents to score, where those of one work count as one, and "
+            "an error bar needs two; hold out more"
+        )
     return scored
 
 
 def score_documents(
-    model: LanguageModel, tokenizer: Any, documents: Sequence[HeldoutDocument], conversations: Sequence[str] = ()
+    model: LanguageModel,
+    tokenizer: Any,
+    documents: Sequence[HeldoutDocument],
+    conversations: Sequence[str],
+    works: Mapping[str, str],
 ) -> list[DocumentScore]:
     """Returns the bits and bytes of each document, cut to the model's context.
 
@@ -88,6 +100,7 @@ def score_documents(
         tokenizer: Its tokenizer.
         documents: The documents, with their texts.
         conversations: Sources whose documents contain special tokens.
+        works: By source that has works, the pattern of `work_of`.
     """
     rows = []
     for row in documents:
@@ -101,12 +114,20 @@ def score_documents(
         {
             "source": row["source"],
             "id": row["id"],
+            "work": _work(row, works),
             "bytes": token_bytes(tokenizer, ids[start:]),
             "tokens": len(ids[start:]),
             "nll_bits": bits,
         }
         for row, (ids, start), bits in zip(documents, rows, model.bits(rows), strict=True)
     ]
+
+
+def _work(row: HeldoutDocument, works: Mapping[str, str]) -> str:
+    """Returns the name of a document's work, or its id if it is one by itself."""
+    pattern = works.get(row["source"])
+    named = work_of(re.compile(pattern), row["id"], row["origin"]) if pattern else None
+    return named or row["id"]
 
 
 def token_ids(tokenizer: Any, text: str, chat: bool = False) -> list[int]:
@@ -140,6 +161,7 @@ class HeldoutDocument(TypedDict):
     id: str
     text: str
     source: str
+    origin: str
     content_hash: str
     split: str
     prompt_chars: int

@@ -3,7 +3,7 @@
 Two measurements, by `evaluation.engine`; in the stage's process they are bitwise reproducible on one thread:
 
 - **bits per byte** of every source on held-out documents (never trained on), with the standard error of the ratio over
-  documents (stages/evaluation/bits_per_byte.py);
+  their works (stages/evaluation/bits_per_byte.py);
 - **exact-match accuracy** on the recipe's evaluation problems, by greedy generation, with binomial standard errors.
 
 A recipe with `evaluation.context` has further ones, on long texts (stages/evaluation/long_context.py), and one with
@@ -14,15 +14,19 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Hashable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, TypedDict
 
+from pydantic import Field
+
 from pipeline.core.bounds import MOST_SOURCES, Context, SourceName
 from pipeline.core.errors import AtomError
 from pipeline.core.stage import Inputs, Report, Stage, added
-from stages.confidence import Ratio, binomial, ratio
+from stages.confidence import Ratio, binomial, ratio, root_of_squares, work_deviations
+from stages.data.curate.settings import WorkPattern
 from stages.evaluation import estimates, long_context, text_items
 from stages.evaluation.bits_per_byte import (
     DOCUMENT_SCORES,
@@ -43,7 +47,7 @@ from stages.formats.table import ItemRow, String, columns_of, read_table, write_
 from stages.generation.engine import LanguageModel
 from stages.generation.samplers import open_model
 
-VERSION = 3
+VERSION = 4
 # Documents or problems that a model gets at once; a stage resumes after the last finished batch.
 ROWS_PER_BATCH = 32
 # Kinds of rows: the beginnings of the names of pieces. Each has a table of that name.
@@ -92,6 +96,8 @@ class EvaluateConfig(EngineConfig):
     """evaluation on long texts; null: none"""
     conversations: tuple[SourceName, ...] = added((), max_length=MOST_SOURCES)
     """sources whose documents contain special tokens"""
+    works: Annotated[dict[SourceName, WorkPattern], Field(max_length=MOST_SOURCES)] = added({})
+    """by source of which whole works are held out, the pattern in id and origin whose first group names the work"""
 
 
 def run(config: EvaluateConfig, inputs: Inputs, work: Path, out: Path, report: Report) -> None:
@@ -111,7 +117,8 @@ def run(config: EvaluateConfig, inputs: Inputs, work: Path, out: Path, report: R
     for task, row in scores["accuracy"].items():
         report.note(f"{task}: {row['value']:.3f} ± {row['se']:.3f} exact match on {row['n']} problems")
     for source, bits in scores["bits_per_byte"].items():
-        report.note(f"{source}: {bits['value']:.4f} ± {bits['se']:.4f} bits per byte on {bits['documents']} documents")
+        texts = f"{bits['documents']} documents of {bits['works']} works"
+        report.note(f"{source}: {bits['value']:.4f} ± {bits['se']:.4f} bits per byte on {texts}")
     for kind, part in scores.get("text_items", {}).items():
         share, baseline = part["accuracy"], part["baseline"]
         report.note(f"{kind}: {share['value']:.3f} right of {share['n']}; n-grams {baseline['value']:.3f}")
@@ -177,7 +184,7 @@ def _pieces(config: EvaluateConfig, model: Path, inputs: Inputs) -> list[Piece[L
     problems.sort(key=lambda row: (len(row["prompt"]), row["id"]))
 
     def score(model: LanguageModel, rows: Sequence[HeldoutDocument]) -> list[DocumentScore]:
-        return score_documents(model, tokenizer, rows, config.conversations)
+        return score_documents(model, tokenizer, rows, config.conversations, config.works)
 
     def answer(model: LanguageModel, batch: Sequence[ItemRow]) -> list[ProblemAnswer]:
         return answer_batch(model, tokenizer, batch, config.max_new_tokens)
@@ -255,19 +262,25 @@ def summary(
 
 
 def bits_per_byte(documents: Sequence[DocumentScore]) -> tuple[dict[str, Ratio], Ratio]:
-    """Returns the bits per byte of each source, and of all of them, which are strata of a stratified ratio."""
-    by_source = {
-        source: ratio([(row["nll_bits"], row["bytes"]) for row in documents if row["source"] == source])
-        for source in sorted({row["source"] for row in documents})
-    }
-    size = sum(row["bytes"] for row in by_source.values())
-    # Errors of different sources are independent, so their squares add up, each weighted by its bytes. The sums are
-    # exactly rounded, and so the same in any order.
+    """Returns the bits per byte of each source, and of all of them, which are strata of a stratified ratio.
+
+    Standard errors are over works. Those of different sources are independent, but for a work that is in several.
+    """
+    by_source: dict[str, Ratio] = {}
+    deviations: dict[Hashable, list[float]] = defaultdict(list)
+    for source in sorted({row["source"] for row in documents}):
+        rows = [row for row in documents if row["source"] == source]
+        pairs, works = [(row["nll_bits"], row["bytes"]) for row in rows], [row["work"] for row in rows]
+        by_source[source] = ratio(pairs, works=works)
+        for work, deviation in work_deviations(pairs, works).items():
+            deviations[work].append(deviation)
+    size = sum(row["bytes"] for row in documents)
     pooled: Ratio = {
         "value": math.fsum(row["nll_bits"] for row in documents) / size,
-        "se": math.sqrt(math.fsum((row["se"] * row["bytes"]) ** 2 for row in by_source.values())) / size,
+        "se": root_of_squares(map(math.fsum, deviations.values())) / size,
         "documents": len(documents),
         "bytes": size,
+        "works": len(deviations),
     }
     return by_source, pooled
 

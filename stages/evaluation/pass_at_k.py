@@ -82,7 +82,7 @@ class FurtherSamples(Config):
     """Further answers to some problems, for pass@k with a large k."""
 
     items: Annotated[int, Range(2, 1e6)]
-    """problems of each kind, the first ones by id"""
+    """problems of each kind, the first ones by id; fewer than there are of any kind"""
     num_samples: NumSamples
     """answers to each of them"""
 

@@ -113,6 +113,17 @@ class EvaluationSection(Config):
     engine: Engine = Engine()
     """what computes evaluations: the stages' processes, or vLLM"""
 
+    @model_validator(mode="after")
+    def _check_further(self) -> EvaluationSection:
+        further = self.chat and self.chat.pass_at_k
+        task, fewest = min(self.problems.items(), key=lambda item: item[1])
+        if further and further.items >= fewest:
+            raise ValueError(
+                f"chat.pass_at_k.items = {further.items} is not less than problems.{task} = {fewest}, of which it is a "
+                "part; lower it, or raise the other"
+            )
+        return self
+
     def tokens(self, sources: int) -> int:
         """Returns the most tokens that the evaluation of one model reads and draws, with this number of sources.
 
@@ -184,6 +195,7 @@ def heldout_config(measured: Measured, model: ExportedModel) -> dict[str, Any]:
         "max_new_tokens": section.max_new_tokens,
         "engine": section.engine,
         "conversations": measured.data.conversations,
+        "works": measured.data.works,
         "expected": _expected(measured, model, section.tokens(sources), section.pieces(sources)),
     }
 

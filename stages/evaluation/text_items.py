@@ -50,7 +50,16 @@ LINE_TOKENS, LINE_BYTES = 32, 80
 COMPLETION = "completion"
 KNOWN = f"{', '.join(item_makers.BEFORE)}, {COMPLETION} and retrieval-<bytes>"
 PATTERN = "|".join([*item_makers.BEFORE, COMPLETION, "retrieval-[1-9][0-9]{0,4}"])
-Kind = Annotated[str, Words(40, f"kind of items; known are {KNOWN}", PATTERN)]
+
+
+def _distance_problem(kind: str) -> str | None:
+    distance = int(kind.partition("-")[2] or 0)
+    if distance <= MOST_BYTES:
+        return None
+    return f"needs documents of {distance} bytes, which are read up to {MOST_BYTES}; lower the distance"
+
+
+Kind = Annotated[str, Words(40, f"kind of items; known are {KNOWN}", PATTERN, test=_distance_problem)]
 Bytes = Annotated[int, Range(8, 2**16)]
 Place = Annotated[int, "int8"]
 

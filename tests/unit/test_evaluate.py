@@ -14,6 +14,7 @@ from pipeline.core.source_code import code_digests
 from pipeline.core.stage import Needs, identity
 from pipeline.core.store import Artifact, write_manifest
 from pipeline.graph import registry
+from release import independent_verifier
 from stages import confidence
 from stages.evaluation import bits_per_byte, model_evaluation
 from stages.mcore import gpu_environment
@@ -92,15 +93,17 @@ def test_a_question_is_context_and_not_scored(inputs) -> None:
     oracle = TransformersModel(model, tokenizer)
 
     def bits(text: str, prompt_chars: int) -> dict:
-        row = {"id": "a", "source": "s", "text": text, "prompt_chars": prompt_chars}
-        return bits_per_byte.score_documents(oracle, tokenizer, [row])[0]
+        row = {"id": "a", "source": "s", "origin": "x/json#1", "text": text, "prompt_chars": prompt_chars}
+        return bits_per_byte.score_documents(oracle, tokenizer, [row], (), {"s": r"/(\w+)#"})[0]
 
     answer = bits("12+30=42", 6)
     assert (answer["bytes"], answer["tokens"]) == (2, 2)
     assert answer["nll_bits"] == pytest.approx(
         bits("12+30=42", 0)["nll_bits"] - bits("12+30=", 0)["nll_bits"], rel=1e-5
     )
-    assert bits("x" * 200, 100) == {"source": "s", "id": "a", "bytes": 0, "tokens": 0, "nll_bits": 0.0}
+    assert bits("x" * 200, 100) == {
+        "source": "s", "id": "a", "work": "json", "bytes": 0, "tokens": 0, "nll_bits": 0.0
+    }  # fmt: skip
     assert torch.exp2(-oracle.first_token_bits).sum() == pytest.approx(1)
 
 
@@ -154,6 +157,47 @@ def test_standard_errors() -> None:
     assert equal == {"value": 2.0, "se": 0.0, "documents": 2, "bytes": 30}
     assert confidence.ratio([(10.0, 10), (30.0, 10)])["se"] == pytest.approx(1.0)  # sqrt(2/1 * (10²+10²)) / 20
     assert confidence.binomial([1, 0, 0, 0])["se"] == pytest.approx(math.sqrt(0.25 * 0.75 / 4))
+
+
+def scored(source: str, id: str, work: str, bits: float) -> dict:
+    return {"source": source, "id": f"{source}/{id}", "work": work, "bytes": 10, "tokens": 5, "nll_bits": bits}
+
+
+def test_documents_of_one_work_count_as_one() -> None:
+    alone = confidence.ratio([(10.0, 10), (30.0, 10)], works=["a", "b"])
+    copied = confidence.ratio([(10.0, 10), (30.0, 10), (10.0, 10), (30.0, 10)], works=["a", "b", "a", "b"])
+
+    assert alone == {"value": 2.0, "se": pytest.approx(1.0), "documents": 2, "bytes": 20, "works": 2}
+    assert copied == {"value": 2.0, "se": pytest.approx(1.0), "documents": 4, "bytes": 40, "works": 2}
+
+
+def test_a_work_of_several_sources_is_no_independent_evidence(tmp_path: Path) -> None:
+    """The second verifier, which was written from the documentation alone, computes the same figures."""
+    bits = {"ast": 10.0, "json": 30.0, "re": 17.0}
+    rows = [scored(source, work, work, bits[work]) for source in ("code", "prose") for work in bits]
+    items = [{"task": "add", "score": score} for score in (0, 1)]
+    release_fixtures.table(tmp_path / "dataset/evaluation/base/documents.parquet", rows)
+    release_fixtures.table(tmp_path / "dataset/evaluation/base/items.parquet", items)
+
+    figures = model_evaluation.summary(rows, items)
+
+    (tmp_path / "dataset/evaluation/base/scores.json").write_text(json.dumps(figures))
+    assert list(independent_verifier.scores(tmp_path)) == []
+    assert figures["bits_per_byte_all"]["se"] == pytest.approx(figures["bits_per_byte"]["code"]["se"])
+    apart = [{**row, "work": row["id"]} for row in rows]
+    assert model_evaluation.summary(apart, items)["bits_per_byte_all"]["se"] == pytest.approx(
+        figures["bits_per_byte_all"]["se"] / math.sqrt(2)
+    )
+
+
+def test_documents_of_a_single_work_are_refused() -> None:
+    rows = [scored("code", id, "json", 1.0) for id in "ab"]
+    assert bits_per_byte.scored_documents([*rows, scored("code", "c", "re", 1.0)])
+    for few in (rows, rows[:1]):
+        with pytest.raises(
+            AtomError, match="source code has fewer than two documents to score, where those of one work"
+        ):
+            bits_per_byte.scored_documents(few)
 
 
 def test_nothing_held_out_is_one_sentence(inputs, run_stage, tmp_path: Path) -> None:

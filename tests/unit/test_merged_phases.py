@@ -157,12 +157,15 @@ def test_the_card_states_the_averaged_steps_and_what_the_last_checkpoint_has() -
 def test_the_effect_is_a_difference_on_the_same_documents(tmp_path: Path) -> None:
     bits = {"unmerged-base": [40.0, 90.0, 60.0], "base": [38.0, 87.0, 60.0]}
     for model, values in bits.items():
-        rows = [{"source": "code", "id": str(n), "bytes": 20, "nll_bits": value} for n, value in enumerate(values)]
+        rows = [
+            {"source": "code", "id": str(n), "work": str(n), "bytes": 20, "nll_bits": value}
+            for n, value in enumerate(values)
+        ]
         table(tmp_path / f"evaluation/{model}/documents.parquet", rows)
 
     effects = merge_effects(tmp_path, ["init", *bits])
 
-    assert effects == {"pretrain": ratio([(-2.0, 20), (-3.0, 20), (0.0, 20)])}
+    assert effects == {"pretrain": ratio([(-2.0, 20), (-3.0, 20), (0.0, 20)], works="012")}
     assert tables.merge_effects(effects)[-1] == "- pre-training: -0.0833 ± 0.0441"
     assert tables.merge_effects({}) == []
 

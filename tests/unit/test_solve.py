@@ -7,6 +7,7 @@ import math
 from collections import Counter
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pydantic import ValidationError
@@ -19,7 +20,7 @@ from pipeline.graph import recipe as recipes
 from release.cards.chat_tables import sharpening
 from stages.confidence import clustered, pass_at, powers_of_two, wilson
 from stages.evaluation import pass_at_k
-from stages.evaluation.settings import ChatSection
+from stages.evaluation.settings import ChatSection, EvaluationSection
 from tests.fixtures import ROOT, chat_fixtures
 from tests.fixtures.run_fixtures import evaluate_in_shards
 
@@ -170,3 +171,10 @@ def test_further_answers_are_for_the_models_before_and_after_rlvr(tmp_path: Path
 def test_further_answers_must_be_more() -> None:
     with pytest.raises(ValidationError, match="pass_at_k.num_samples = 3 is not more than num_samples = 3"):
         ChatSection(items={}, num_samples=3, pass_at_k={"items": 2, "num_samples": 3})  # type: ignore[arg-type]
+
+
+def test_further_answers_are_to_some_of_the_problems() -> None:
+    chat: Any = {"items": {}, "pass_at_k": {"items": 5, "num_samples": 64}}
+    assert EvaluationSection(problems={"add": 8, "sort": 6}, chat=chat)
+    with pytest.raises(ValidationError, match="pass_at_k.items = 5 is not less than problems.sort = 5, of which"):
+        EvaluationSection(problems={"add": 8, "sort": 5}, chat=chat)

@@ -112,6 +112,14 @@ def test_the_page_of_a_release_fits_a_screen(width: int) -> None:
         ) and "900, the last is pretrain-step-899" in "\n".join(lines)
 
 
+def test_caveats_stand_before_the_figures_that_they_qualify() -> None:
+    text = show.text(facts(sources=2))
+    places = [
+        text.index(words) for words in ("know before any figure", "A reward rose", "quality", "bits per byte beside")
+    ]
+    assert places == sorted(places)
+
+
 def test_the_demo_shows_what_runs_with_curves_and_what_it_proves(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

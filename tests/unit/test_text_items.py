@@ -294,6 +294,9 @@ def test_wrong_settings_and_too_little_text_are_refused(run_stage: Any, dedup: A
         ValidationError, match="is no kind of items; known are words, lines, options, completion and retrieval-<bytes>"
     ):
         TextItems(kinds={"retrieval": 4})
+    with pytest.raises(ValidationError, match="needs documents of 65537 bytes, which are read up to 65536; lower"):
+        TextItems(kinds={"retrieval-65537": 4})
+    assert TextItems(kinds={"retrieval-65536": 4})
     with pytest.raises(AtomError, match="give 0 items of kind completion, and two are needed"):
         run_stage(text_items.STAGE, {"kinds": {"completion": 4}, "without": ["programs"]}, {"dedup": dedup})
 

@@ -81,9 +81,10 @@ def recipe(folder: Path, **settings: str) -> Path:
     ],
 )
 def test_a_recipe_decides_what_is_held_out(tmp_path, settings, pattern):
-    config = load(recipe(tmp_path, **settings)).dedup_config()
+    loaded = load(recipe(tmp_path, **settings))
 
-    assert config["sources"][0]["work"] == pattern
+    assert loaded.dedup_config()["sources"][0]["work"] == pattern
+    assert loaded.works == ({"code": pattern} if pattern else {})
 
 
 def test_a_work_is_on_one_side_in_all_sources(tmp_path):

@@ -53,7 +53,8 @@ def run(config: DedupConfig, inputs: Inputs, work: Path, out: Path, report: Repo
     part.
 
     Raises:
-        AtomError: Counts do not balance, or a source loses so large a share that the recipe must acknowledge it.
+        AtomError: Counts do not balance, a source has a single held-out work, or it loses so large a share that the
+            recipe must acknowledge it.
     """
     count, sealed = len(config.parts()), list[Part]()
     for number in range(count):
@@ -62,9 +63,16 @@ def run(config: DedupConfig, inputs: Inputs, work: Path, out: Path, report: Repo
     link_parts(sealed, out)
     facts = [part.facts for part in sealed]
     for source in (source for source in config.sources if source.work):
-        rows = (row for part, row in zip(config.parts(), facts, strict=True) if part.source == source.name)
+        rows = [row for part, row in zip(config.parts(), facts, strict=True) if part.source == source.name]
         works = sorted({work for row in rows for work in row["works"]})
         report.note(f"{source.name}: held out {len(works)} works: {', '.join(works[:SHOWN_WORKS])}")
+        documents = sum(row["kept"].get("heldout", 0) for row in rows)
+        # Told here and not after training, when evaluation could give no error bar.
+        if len(works) == 1 and documents == sum(count for row in rows for count in row["works"].values()):
+            raise AtomError(
+                f"source {source.name} holds out the single work {works[0]}, and an error bar needs two; raise "
+                "heldout_fraction, or let its pattern `work` name smaller works"
+            )
     summary = _summarize(config, facts, inputs["filter"].json("edits.json"))
     write_json(out / "summary.json", summary)
     for name, counts in summary["sources"].items():

@@ -37,7 +37,7 @@ from stages.train.checkpoint import SHARD_BYTES
 if TYPE_CHECKING:
     from stages.generation.transformers_model import TransformersModel
 
-VERSION = 1
+VERSION = 2
 MODEL, LOSS = "model", "loss.json"
 TEXTS, TOKENS = 64, 512
 """Largest number of problems, and of documents of a source, whose distributions are compared; and tokens of each."""

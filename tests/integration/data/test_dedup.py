@@ -117,7 +117,7 @@ def test_duplicates_name_the_first_document(tmp_path: Path) -> None:
 
 
 def test_a_work_is_held_out_as_a_whole(tmp_path: Path) -> None:
-    config = config_of(SOURCES, {}, heldout=0.5)
+    config = config_of(SOURCES, {}, heldout=0.8)
     for source in config["sources"]:
         source["work"] = r"/(\w)"  # documents of all sources whose names begin with one letter
     artifact = deduplicate(config, filtered(tmp_path / "filtered"), tmp_path)["dedup"]
@@ -126,9 +126,16 @@ def test_a_work_is_held_out_as_a_whole(tmp_path: Path) -> None:
     for id, row in dispositions(artifact).items():
         if row["split"] is not None:
             splits.setdefault(id.partition("/")[2][0], set()).add(row["split"])
-    expected = {letter: {split_of(content_hash(f"work {letter}"), 0.5)} for letter in splits}
+    expected = {letter: {split_of(content_hash(f"work {letter}"), 0.8)} for letter in splits}
     assert splits == expected
     assert {split for found in splits.values() for split in found} == {"train", "heldout"}
+
+
+def test_a_single_held_out_work_is_refused_before_training(tmp_path: Path) -> None:
+    config = config_of(SOURCES, {}, heldout=0.99)
+    config["sources"][0]["work"] = "(prose)"
+    with pytest.raises(AtomError, match="source prose holds out the single work prose, and an error bar needs two"):
+        deduplicate(config, filtered(tmp_path / "filtered"), tmp_path)
 
 
 def test_kept_documents_and_dispositions_of_each_part_balance(tmp_path: Path) -> None:

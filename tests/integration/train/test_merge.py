@@ -221,6 +221,13 @@ def test_the_plan_counts_the_states_of_step_0() -> None:
     assert carried.published_bytes - fresh.published_bytes == states
 
 
+def state_recipe(release: Path, last: int | None, **sections: Any) -> None:
+    """Writes the recipe of a release, with the number of checkpoints that pre-training averages."""
+    (release / "evidence").mkdir(exist_ok=True)
+    stated = {"pretrain": {"merge": {"last": last}} if last else {}, "midtrain": None, **sections}
+    (release / "evidence/recipe.json").write_text(json.dumps(stated))
+
+
 @pytest.fixture
 def published(undisturbed: Path, run_stage: Any, tmp_path: Path) -> Path:
     """A release folder with the checkpoints of a phase and their average."""
@@ -229,6 +236,9 @@ def published(undisturbed: Path, run_stage: Any, tmp_path: Path) -> Path:
         for folder in source.glob("step-*"):
             name = "merge-pretrain" if source == merged.path else "pretrain"
             shutil.copytree(folder, tmp_path / f"release/checkpoints/{name}-step-{int(folder.name[5:])}")
+    state_recipe(tmp_path / "release", 2)
+    (tmp_path / "release/model/training").mkdir(parents=True)
+    shutil.copy(merged / "merge.json", tmp_path / "release/model/training/merge-pretrain.json")
     return tmp_path / "release"
 
 
@@ -269,5 +279,26 @@ def test_the_check_wants_the_last_checkpoints(published: Path) -> None:
     problems = weights.merges(Release(published)).problems
 
     assert problems == [
-        "merge-pretrain-step-12/state.json names other steps than those of the last checkpoints of pretrain"
+        "model/training/merge-pretrain.json states another average than merge-pretrain-step-12/state.json",
+        "merge-pretrain-step-12/state.json names other steps than those of the last checkpoints of pretrain",
     ]
+
+
+@pytest.mark.parametrize(
+    ("last", "sections", "sentence"),
+    [
+        (3, {}, "merge-pretrain-step-12/state.json averages 2 checkpoints, and evidence/recipe.json 3"),
+        (None, {}, "merge-pretrain-step-12/state.json averages 2 checkpoints, and evidence/recipe.json none"),
+        (
+            2,
+            {"long_context": [{}, {"merge": {"last": 4}}]},
+            "evidence/recipe.json averages checkpoints of longcontext-2, and the release has no average",
+        ),
+    ],
+)
+def test_the_check_wants_as_many_as_the_recipe_averages(
+    published: Path, last: int | None, sections: dict[str, Any], sentence: str
+) -> None:
+    state_recipe(published, last, **sections)
+
+    assert weights.merges(Release(published)).problems == [sentence]

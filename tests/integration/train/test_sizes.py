@@ -224,7 +224,7 @@ def score(release: Path, model: str, bits: list[float], size: int = 100) -> None
     folder = release / "dataset/evaluation" / model
     folder.mkdir(parents=True, exist_ok=True)
     rows = [
-        {"source": "text", "id": str(number), "bytes": size, "tokens": 50, "nll_bits": nll}
+        {"source": "text", "id": str(number), "work": str(number), "bytes": size, "tokens": 50, "nll_bits": nll}
         for number, nll in enumerate(bits)
     ]
     write_rows(folder / "documents.parquet", DOCUMENT_SCORES, rows)
