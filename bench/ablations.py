@@ -4,7 +4,8 @@
     .venv/bin/python bench/ablations.py --home runs/ablations muon anneal     # some of them
     .venv/bin/python bench/ablations.py --quick                               # 30 steps of one seed, to try it
 
-Both arms of a pair have the same seed, so the same initial weights and rows as far as the setting leaves them equal.
+All runs read the same data. Both arms of a pair have the same training seed, so the same initial weights and rows as
+far as the setting leaves them equal.
 The effect is the difference of the last held-out losses of a phase, arm minus control, in nats a token: below 0 the arm
 is better. Its 95 % interval is over seeds (Student's). At this size an effect gives a sign, and no figure at scale.
 
@@ -125,7 +126,8 @@ def main() -> int:
 
         def measure(question: Question, arm: str, seed: int) -> float:
             changes = question.arm if arm == "arm" else question.control
-            recipe = changed(base, {**body["common"], **changes, **(QUICK if options.quick else {}), "seed": seed})
+            quick = QUICK if options.quick else {}
+            recipe = changed(base, {**body["common"], **changes, **quick, "training_seed": seed})
             file = folder / f"{question.name}-{arm}-{seed}.yaml"
             file.write_text(yaml.safe_dump(recipe, sort_keys=False))
             return heldout_loss(home, file, question.phase)

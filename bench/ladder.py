@@ -2,13 +2,12 @@
 
     .venv/bin/python bench/ladder.py --home runs/ladder                 # everything, in order
     .venv/bin/python bench/ladder.py --home runs/ladder --until seal    # up to the sealed forecast
-    .venv/bin/python bench/ladder.py --quick                            # two steps of each run, to try it
 
-The text are the source distributions of data_recipes/pypi.lock.yaml, which are fetched first; bench/ladder.yaml has the
-sizes. For each width the rate with the least held-out loss on the smallest budget is taken. To all runs of the ladder a
-law L = E + A/N^alpha + B/D^beta is fitted (`atom ladder`), one for the held-out loss and one for bits per byte; its
-bands of 90 % are for one further run, so they have the noise of seeds. What the laws say of the target is written to
-forecast.json, which is refused once a run of the target has begun. Then the target is run and compared.
+The text is that of the source distributions of data_recipes/pypi.lock.yaml, which are fetched first; bench/ladder.yaml
+has the sizes. For each width the rate with the least held-out loss on the smallest budget is taken. To all runs of the
+ladder a law L = E + A/N^alpha + B/D^beta is fitted (`atom ladder`), one for the held-out loss and one for bits per
+byte; its bands of 90 % are for one further run, so they include the noise of seeds. What the laws say of the target is
+written to forecast.json, which is not written once a run of the target has begun. Then the target is run and compared.
 
 Runs are sealed in the home: a run that was stopped goes on. The last line is one JSON object; its ratio is the measured
 bits per byte of the target divided by those forecast.
@@ -19,6 +18,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 import os
 import platform
 import statistics
@@ -37,10 +37,13 @@ from pipeline.core import atomic_files
 from pipeline.core.store import Store
 from pipeline.graph import dag
 from pipeline.graph import recipe as recipes
-from release.prediction import ladder
+from release.prediction import ladder, sealing
 
 ROOT = Path(__file__).resolve().parent.parent
-FIGURES = {"loss": "held-out loss, nats a token", "bits": "bits per byte of held-out documents"}
+FIGURES = {
+    "loss": "held-out loss, nats a token",
+    "bits": "bits per byte of held-out documents, the mean of both sources",
+}
 SUMMARY, FORECAST = "ladder.json", "forecast.json"
 STEPS = ("run", "seal", "compare")
 
@@ -73,11 +76,10 @@ class Experiment:
         plan: The content of bench/ladder.yaml.
         home: Where runs are sealed.
         data: The data recipe of all runs.
-        quick: True if runs have two steps.
     """
 
-    def __init__(self, plan: Mapping[str, Any], home: Path, corpus: Path, quick: bool) -> None:
-        self.plan, self.home, self.quick = plan, home, quick
+    def __init__(self, plan: Mapping[str, Any], home: Path, corpus: Path) -> None:
+        self.plan, self.home = plan, home
         (home / "recipes").mkdir(parents=True, exist_ok=True)
         self.data = home / "recipes/data.yaml"
         atomic_files.write(self.data, yaml.safe_dump(self._data_recipe(corpus), sort_keys=False))
@@ -104,10 +106,8 @@ class Experiment:
         heads = run.width // shape["head_dim"]
         sizes = {"hidden_size": run.width, "moe_intermediate_size": run.width, "heads": heads, "kv_heads": heads}
         recipe["model"] |= {**shape, **sizes}
-        phase["steps"] = 2 if self.quick else run.tokens // phase["batch"]["global_tokens"]
+        phase["steps"] = run.tokens // phase["batch"]["global_tokens"]
         phase["optimizer"]["lr"] = run.rate
-        if self.quick:
-            phase["optimizer"]["warmup_steps"] = 1
         file = self.home / "recipes" / f"{run.name}.yaml"
         names = {"name": run.name, "data": str(self.data), "training_seed": run.seed}
         atomic_files.write(file, yaml.safe_dump(names | recipe, sort_keys=False))
@@ -116,20 +116,28 @@ class Experiment:
     def begun(self, run: Run) -> bool:
         """Returns True if the training of a run has left anything."""
         store = Store(self.home)
-        key = dag.compose(recipes.load(str(self.write_recipe(run))), store).nodes["pretrain"].key
-        return store.sealed(key) or store.work(key).exists()
+        graph = dag.compose(recipes.load(str(self.write_recipe(run))), store)
+        return sealing.begun(store, graph.nodes[sealing.NODE].key)
 
-    def measure(self, run: Run) -> dict[str, float]:
-        """Runs a recipe until its base model is evaluated.
+    def measure(self, run: Run, scored: bool = True) -> dict[str, float]:
+        """Runs a recipe until its base model is trained, or evaluated.
 
         Returns:
-            Active parameters, tokens and FLOPs, `loss` in nats a token, and `bits` per byte, also by source.
+            Active parameters, tokens and FLOPs, `loss` in nats a token; if `scored`, `bits` per byte, also by source.
 
         Raises:
             SystemExit: With what the run printed, if it failed.
         """
         file = self.write_recipe(run)
-        command = [sys.executable, "-m", "pipeline.cli", "run", str(file), "--until", "evaluate-base"]
+        command = [
+            sys.executable,
+            "-m",
+            "pipeline.cli",
+            "run",
+            str(file),
+            "--until",
+            "evaluate-base" if scored else "pretrain",
+        ]
         environment = {**os.environ, "ATOM_HOME": str(self.home), "MLFLOW_TRACKING_URI": "none", "OMP_NUM_THREADS": "1"}
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
         if done.returncode:
@@ -137,24 +145,21 @@ class Experiment:
         store = Store(self.home)
         graph = dag.compose(recipes.load(str(file)), store)
         (point,) = ladder.read_runs([graph], store)
-        scores = json.loads((store.artifacts / graph.nodes["evaluate-base"].key / "scores.json").read_text())
-        bits = {
-            f"bits of {name}": row["value"]
-            for name, row in scores["bits_per_byte"].items()
-            if name in self.plan["sources"]
-        }
-        text = [bits[f"bits of {name}"] for name in self.plan["sources"]]
-        figures = {**point.figures, **bits, "bits": statistics.fmean(text)}
-        print(f"{run.name:<28} loss {figures['loss']:.4f}  bits per byte {figures['bits']:.4f}", flush=True)
+        figures = dict(point.figures)
+        if scored:
+            scores = json.loads((store.artifacts / graph.nodes["evaluate-base"].key / "scores.json").read_text())
+            bits = {name: scores["bits_per_byte"][name]["value"] for name in self.plan["sources"]}
+            figures |= {f"bits of {name}": value for name, value in bits.items()}
+            figures["bits"] = statistics.fmean(bits.values())
+        print(
+            f"{run.name:<28} loss {figures['loss']:.4f}  bits per byte {figures.get('bits', math.nan):.4f}", flush=True
+        )
         return figures
 
-    def measure_all(self, runs: Sequence[Run], jobs: int) -> dict[Run, dict[str, float]]:
-        """Measures runs, some at a time; the first one alone, since all others need its data."""
-        results = {runs[0]: self.measure(runs[0])}
+    def measure_all(self, runs: Sequence[Run], jobs: int, scored: bool = True) -> dict[Run, dict[str, float]]:
+        """Measures runs, some at a time."""
         with ThreadPoolExecutor(jobs) as pool:
-            rest = [run for run in runs if run not in results]
-            results |= dict(zip(rest, pool.map(self.measure, rest), strict=True))
-        return results
+            return dict(zip(runs, pool.map(lambda run: self.measure(run, scored), runs), strict=True))
 
 
 def best_rates(results: Mapping[Run, Mapping[str, float]]) -> dict[int, float]:
@@ -180,11 +185,14 @@ def seal(experiment: Experiment, points: Mapping[Run, Mapping[str, float]], targ
     """Writes the forecast of the target, or returns the one that was written before its runs.
 
     Raises:
-        SystemExit: If the target has begun without a forecast.
+        SystemExit: If the target has begun without a forecast, or the forecast is one of other runs.
     """
     file = experiment.home / FORECAST
+    names = [run.name for run in points], [run.name for run in targets]
     if file.exists():
         body: dict[str, Any] = json.loads(file.read_text())
+        if ([row["name"] for row in body["points"]], body["target"]["names"]) != names:
+            raise SystemExit(f"{file} is a forecast from or of other runs; take another --home")
         return body
     if any(experiment.begun(run) for run in targets):
         raise SystemExit("a run of the target has begun, and a forecast is sealed before that; take another --home")
@@ -209,14 +217,13 @@ def main() -> int:
     )
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
     parser.add_argument("--until", choices=STEPS, default=STEPS[-1], help="the last step")
-    parser.add_argument("--quick", action="store_true", help="two steps of each run; the figures mean nothing")
     options = parser.parse_args()
     plan = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text("utf-8"))
     fetch = [sys.executable, "-m", "stages.data.acquire.packages.fetch", "locked"]
     subprocess.run([*fetch, str(ROOT / "data_recipes/pypi.lock.yaml"), str(options.corpus)], cwd=ROOT, check=True)
     with tempfile.TemporaryDirectory() as scratch:
         home = (options.home or Path(scratch) / "home").absolute()
-        return compare(Experiment(plan, home, options.corpus.absolute(), options.quick), options.jobs, options.until)
+        return compare(Experiment(plan, home, options.corpus.absolute()), options.jobs, options.until)
 
 
 def compare(experiment: Experiment, jobs: int, until: str) -> int:
@@ -224,7 +231,8 @@ def compare(experiment: Experiment, jobs: int, until: str) -> int:
     plan = experiment.plan
     seeds, budgets = plan["seeds"], plan["tokens"]
     tried = [Run(width, budgets[0], rate, seeds[0]) for width in plan["widths"] for rate in plan["rates"]]
-    tuning = experiment.measure_all(tried, jobs)
+    experiment.measure(tried[0], scored=False)  # alone, since all others need its data
+    tuning = experiment.measure_all(tried, jobs, scored=False)
     rates = best_rates(tuning)
     print(f"rates by width: {rates}", flush=True)
     # The longest first, so that no core waits at the end.
@@ -240,7 +248,7 @@ def compare(experiment: Experiment, jobs: int, until: str) -> int:
 
     # The rate of the largest width: the target is not tuned.
     target = plan["target"]
-    targets = [Run(target["width"], target["tokens"], rates[max(plan["widths"])], seed) for seed in seeds]
+    targets = [Run(target["width"], target["tokens"], rates[max(plan["widths"])], seed) for seed in target["seeds"]]
     sealed = seal(experiment, points, targets)
     for figure, band in sealed["forecasts"].items():
         print(

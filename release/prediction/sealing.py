@@ -43,7 +43,7 @@ def seal(target: Graph, ladder: Sequence[Graph], store: Store) -> tuple[Artifact
     if store.sealed(key):
         raise AtomError(f"{name} has the prediction {store.artifacts / key}; a run is predicted once")
     # A prediction after the first step could have seen the result: a ledger or a work folder shows a beginning.
-    if store.sealed(node.key) or any(provenance.read(store.ledger, node.key)) or store.work(node.key).exists():
+    if begun(store, node.key):
         raise AtomError(f"{NODE} of {name} has begun ({node.key}); a prediction is sealed before that")
     points, materials = [], dict[str, Artifact]()
     for graph in ladder:
@@ -56,6 +56,11 @@ def seal(target: Graph, ladder: Sequence[Graph], store: Store) -> tuple[Artifact
     except ValueError as error:
         raise AtomError(f"the ladder of {name} carries no prediction: {error}; give --from other recipes") from None
     return write(prediction, materials, store, key, name), prediction
+
+
+def begun(store: Store, key: str) -> bool:
+    """Returns True if a run has left anything, were it only the record of an attempt."""
+    return store.sealed(key) or any(provenance.read(store.ledger, key)) or store.work(key).exists()
 
 
 def _require_comparable(target: Graph, graph: Graph) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from bench import post
+from bench import ladder, post
 from pipeline.core.store import Store, write_manifest
 from pipeline.graph import dag
 from pipeline.graph import recipe as recipes
@@ -51,6 +51,30 @@ def test_ablations_compare_two_arms_of_one_seed() -> None:
     *_, row = run_quick("ablations", "rate")
     name, control, arm, effect = row.split()[:4]
     assert name == "rate" and float(effect) == pytest.approx(float(arm) - float(control), abs=2e-4)
+
+
+def test_a_ladder_takes_the_best_rates_and_forecasts_a_run_of_its_law() -> None:
+    """Both figures follow a law with a floor and noise of 0.5 %, so a run of three times the FLOPs is in both bands."""
+
+    def figures(size: float, tokens: float, noise: float) -> dict[str, float]:
+        loss = (1.5 + 40 * size**-0.4 + 200 * tokens**-0.5) * (1 + noise)
+        return {"parameters": size, "tokens": tokens, "loss": loss, "bits": loss / 2}
+
+    noise = [0.005, -0.005, 0.0]
+    runs = {
+        ladder.Run(width, tokens, 1e-2, seed): figures(30.0 * width**2, tokens, noise[seed])
+        for width in (48, 64, 96, 128)
+        for tokens in (300_000, 600_000, 1_200_000)
+        for seed in range(3)
+    }
+    worse = {ladder.Run(48, 300_000, rate, 0): figures(69_120.0, 300_000, rate) for rate in (2e-2, 4e-2)}
+    best = figures(30.0 * 176**2, 2_048_000, 0)
+
+    forecasts = ladder.forecasts(runs, {"parameters": best["parameters"], "tokens": best["tokens"]})
+
+    assert ladder.best_rates(worse | runs) == {48: 1e-2, 64: 1e-2, 96: 1e-2, 128: 1e-2}
+    for figure, band in forecasts.items():
+        assert band["low"] < best[figure] < band["high"] < 1.05 * best[figure]
 
 
 @at_length("benchmarks", 15)
