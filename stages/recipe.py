@@ -167,8 +167,8 @@ class ReleaseRecipe(Identity):
     """A release. Phases whose section is left out are not trained."""
 
     training_seed: Seed | None = added(None)
-    """seed of initial weights, orders, tasks and answers, so that recipes may share their corpus and differ in it;
-    null: seed"""
+    """seed of initial weights, orders, and the tasks and answers of training, so that recipes with one corpus may
+    differ in it; null: seed"""
     tokenizer: TokenizerSection
     """training of the tokenizer"""
     start_from: StartFrom | None = added(None)

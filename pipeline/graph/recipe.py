@@ -51,7 +51,7 @@ class Identity(Config):
     description: Text
     """one or two sentences for the model and dataset cards"""
     seed: Seed
-    """seed from which the seeds of all stages are derived"""
+    """seed from which the seeds of all stages are derived, but for those of training if `training_seed` is set"""
     data: LongLine
     """data recipe: the name of a packaged one, or a path relative to this file"""
     extensions: Extensions = operational({})

@@ -247,7 +247,7 @@ def load_libraries(names: Sequence[str] = LIBRARIES) -> None:
     A check says itself which of them it lacks.
     """
     for name in names:
-        with suppress(ImportError):
+        with suppress(Exception):
             importlib.import_module(name)
 
 

@@ -310,5 +310,7 @@ def test_another_training_seed_keeps_the_data(tmp_path: Path) -> None:
 
     assert {"tokenize", "items"} <= same
     assert not same & {"order-pretrain", "pretrain", "export-init", "sft", "rlvr"}
+    evaluation = [graph.nodes["evaluate-sft"].config.model_dump() for graph in (first, second)]
+    assert evaluation[0] == evaluation[1]
     packaged = dag.compose(recipes.load("atom-smoke"), store)
     assert packaged.nodes["pretrain"].key == first.nodes["pretrain"].key

@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 
 from pipeline.core.errors import RecipeError
+from pipeline.core.store import Store
+from pipeline.graph import dag
+from pipeline.graph import recipe as recipes
 from stages.data.acquire.readers.packages import Packages
 from stages.data.acquire.readers.python_stdlib import StdlibDocstrings, StdlibSource
 from stages.data.acquire.readers.row_files import Jsonl
@@ -100,3 +103,11 @@ def test_a_work_is_on_one_side_in_all_sources(tmp_path):
 def test_a_pattern_that_names_no_work_is_refused(tmp_path, work, message):
     with pytest.raises(RecipeError, match=message):
         load(recipe(tmp_path, work=work))
+
+
+def test_evaluation_knows_the_works(tmp_path):
+    graph = dag.compose(recipes.load("atom-tiny"), Store(tmp_path))
+
+    config = graph.nodes["evaluate-base"].config
+
+    assert config.works == graph.recipe.data.works and set(config.works) == {"code", "docstrings"}
