@@ -180,7 +180,7 @@ PARTS = {
         test_steps("tests/integration/pipeline/test_bench.py"), ["tests", "result"], "Every benchmark on a tiny model.",
     ),
     "release": Part(
-        test_steps(*integration_tests("adapter", "big_uploads", "continue", "demo", "downstream", "export", "failures", "hub_paths", "keyless", "lora", "other_platforms", "page_space", "pages", "prediction", "publish_races", "published_base", "release_build", "release_faults", "release_flips", "release_lies", "release_publish", "release_verify", "retract", "sign", "sizes", "terminal_commands", "tutorials", "variants", "wheel", "damaged_home")),
+        test_steps(*integration_tests("adapter", "big_uploads", "continue", "demo", "downstream", "export", "extending", "failures", "hub_paths", "keyless", "lora", "other_platforms", "page_space", "pages", "prediction", "publish_races", "published_base", "release_bounds", "release_build", "release_faults", "release_flips", "release_hostile", "release_lies", "release_publish", "release_verify", "retract", "sign", "sizes", "terminal_commands", "tutorials", "variants", "wheel", "damaged_home")),
         ["tests", "result"], "Building, signing, publishing, pulling and retracting at length: every request of a publication fails once, a "
         "thousand bytes of a release are flipped, and the tutorials and the demo run whole.",
     ),

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.fixtures import ROOT
+from tests.fixtures.run_fixtures import at_length
 
 PAGE = ROOT / "docs/extending.md"
 FILE = re.compile(r"^(?:[^\n]*The test, )?`([\w./-]+)`:\n\n```(?:python|yaml)\n(.*?)```\n", re.DOTALL | re.MULTILINE)
@@ -115,6 +116,7 @@ def test_the_registries_accept_all_examples(extended: tuple[dict[str, str], str]
     assert {path: results.get(path) for path in REGISTRIES} == dict.fromkeys(REGISTRIES, ""), output[-3000:]
 
 
+@at_length("release", 15)
 def test_a_file_without_its_line_is_named(tmp_path: Path) -> None:
     """In a tree with the files of all examples and no line of a registry."""
     tree = copy_tree(tmp_path)

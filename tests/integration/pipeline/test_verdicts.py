@@ -21,11 +21,11 @@ from tests.fixtures import verdict_fixtures
 from tests.fixtures.run_fixtures import at_length
 
 WAYS = [
-    ("collective", 1, Kind.BUG, "rank 1: a bug in stage failing: KeyError"),
     ("kill", 3, Kind.MACHINE, "rank 3: its process is gone, perhaps killed for memory"),
     ("abandon", 2, Kind.MACHINE, "rank 2: no step was finished for 5 s"),
 ]
 AT_LENGTH = [
+    ("collective", 1, Kind.BUG, "rank 1: a bug in stage failing: KeyError"),
     ("check", 1, Kind.CHECK, "rank 1: the weights that come back are others"),
     ("user", 0, Kind.USER, "recipe r: this cannot be"),
     ("abandon", 0, Kind.MACHINE, "no step was finished for 5 s"),
