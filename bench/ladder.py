@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import math
 import os
 import platform
 import statistics
@@ -151,9 +150,8 @@ class Experiment:
             bits = {name: scores["bits_per_byte"][name]["value"] for name in self.plan["sources"]}
             figures |= {f"bits of {name}": value for name, value in bits.items()}
             figures["bits"] = statistics.fmean(bits.values())
-        print(
-            f"{run.name:<28} loss {figures['loss']:.4f}  bits per byte {figures.get('bits', math.nan):.4f}", flush=True
-        )
+        bits_text = f"  bits per byte {figures['bits']:.4f}" if scored else ""
+        print(f"{run.name:<28} loss {figures['loss']:.4f}{bits_text}", flush=True)
         return figures
 
     def measure_all(self, runs: Sequence[Run], jobs: int, scored: bool = True) -> dict[Run, dict[str, float]]:

@@ -247,6 +247,7 @@ def load_libraries(names: Sequence[str] = LIBRARIES) -> None:
     A check says itself which of them it lacks.
     """
     for name in names:
+        # Whatever is wrong with a library is wrong again in the check that needs it, which reports it.
         with suppress(Exception):
             importlib.import_module(name)
 
