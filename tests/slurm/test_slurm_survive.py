@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
-from release.hub.local.server import free_port
+from pipeline.launch.rendezvous import free_port
 from tests.fixtures import slurm_fixtures
 from tests.fixtures.disturbance_fixtures import (
     AT_LENGTH,

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import socket
 import subprocess
 import sys
-import time
-import urllib.request
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,7 +30,7 @@ IDLE_SECONDS = 75
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m release.hub.local.server", description="a local Hugging Face Hub")
     parser.add_argument("--root", type=Path, required=True, help="folder that keeps the repositories")
-    parser.add_argument("--port", type=int, default=8765)
+    parser.add_argument("--port", type=int, default=8765, help="0 takes a free one, which the first line names")
     parser.add_argument("--token", action="append", default=[], metavar="USER=TOKEN", help="may be repeated")
     parser.add_argument("--lfs-bytes", type=int, default=10 << 20, help="files of this size and more go through LFS")
     parser.add_argument("--commits-per-hour", type=int, default=128, help="commits to one repository")
@@ -55,19 +55,12 @@ def main(argv: list[str] | None = None) -> None:
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
             await super().startup(sockets)
             if self.started:
+                port = self.servers[0].sockets[0].getsockname()[1]
                 user = tokens.get(LOCAL_TOKEN)
                 token = f", and HF_TOKEN={LOCAL_TOKEN} for the user {user}" if user else ""
-                print(f"the local Hub is up: set HF_ENDPOINT=http://127.0.0.1:{options.port}{token}", flush=True)
+                print(f"the local Hub is up: set HF_ENDPOINT=http://127.0.0.1:{port}{token}", flush=True)
 
     Server(config).run()
-
-
-def free_port() -> int:
-    """Returns a port on which nothing listens now."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port: int = s.getsockname()[1]
-        return port
 
 
 @contextmanager
@@ -86,34 +79,24 @@ def running(
     Raises:
         AtomError: If it does not answer in time.
     """
-    port = free_port()
-    endpoint = f"http://127.0.0.1:{port}"
-    command = [sys.executable, "-m", "release.hub.local.server", "--root", str(root), "--port", str(port)]
+    command = [sys.executable, "-m", "release.hub.local.server", "--root", str(root), "--port", "0"]
     command += ["--token", f"{user}={token}", *extra]
     # The caller may have found this package by its own search path, which a new process does not inherit.
     path = os.pathsep.join([str(Path(__file__).parents[3]), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": path}
-    # Its line for people would mix with the output of the caller.
-    server = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
+    server = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
     try:
-        deadline = time.monotonic() + seconds
-        # The server imports its libraries first, which takes seconds on a loaded machine.
-        while not _answers(endpoint):
-            if server.poll() is not None or time.monotonic() > deadline:
-                raise AtomError(f"the local Hub did not start on port {port}; is starlette and uvicorn installed?")
-            time.sleep(0.1)
-        yield endpoint
+        limit = threading.Timer(seconds, server.kill)  # it imports its libraries first: seconds on a loaded machine
+        limit.start()
+        assert server.stdout is not None
+        line = server.stdout.readline()
+        limit.cancel()
+        if not (found := re.search(r"HF_ENDPOINT=(http://[\w.:]+)", line)):
+            raise AtomError(f"the local Hub did not start in {seconds:g} seconds; is starlette and uvicorn installed?")
+        yield found[1]
     finally:
         server.terminate()
         server.wait(10)
-
-
-def _answers(endpoint: str) -> bool:
-    try:
-        with urllib.request.urlopen(f"{endpoint}/health", timeout=1) as answer:
-            return bool(answer.status == 200)
-    except OSError:
-        return False
 
 
 if __name__ == "__main__":

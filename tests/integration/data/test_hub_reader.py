@@ -20,7 +20,7 @@ from starlette.responses import JSONResponse, Response
 from pipeline.core.errors import AtomError, MachineError, RecipeError
 from pipeline.graph import recipe as recipes
 from pipeline.hub import client
-from release.hub.local.server import free_port
+from pipeline.launch.rendezvous import free_port
 from stages.data import pinning
 from stages.data.acquire import acquire_stage, hub_files
 from stages.data.acquire.sources import Source, resolve_tree_digest

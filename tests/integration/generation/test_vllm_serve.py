@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from pipeline.launch.rendezvous import free_port
 from release.facts.model_facts import serve_config
-from release.hub.local.server import free_port
 from tests.fixtures import release_fixtures
 
 PYTHON = os.environ.get("ATOM_VLLM_PYTHON")

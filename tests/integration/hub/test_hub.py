@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import http.client
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -15,7 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from release.hub.local.server import free_port, running
+from pipeline.core.errors import AtomError
+from release.hub.local.server import running
 from release.hub.local.store import HubStore
 
 PRELUDE = """
@@ -197,21 +199,27 @@ def test_a_view_of_a_repository_follows_its_file(tmp_path: Path) -> None:
     assert store.view("model", "local/m") is None
 
 
-def test_the_server_says_when_it_is_up(tmp_path: Path) -> None:
-    port = free_port()
-    command = [sys.executable, "-m", "release.hub.local.server", "--root", str(tmp_path / "hub"), "--port", str(port)]
+def test_the_server_says_when_it_is_up_and_where(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "release.hub.local.server", "--root", str(tmp_path / "hub"), "--port", "0"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
         assert server.stdout is not None
         limit = threading.Timer(60, server.kill)  # then the line is empty
         limit.start()
         line = server.stdout.readline()
         try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{port}/health") as answer:
+            found = re.search(r"set HF_ENDPOINT=(http://127.0.0.1:\d+), and HF_TOKEN=hf_local", line)
+            assert found, line
+            with urllib.request.urlopen(f"{found[1]}/health") as answer:
                 assert answer.status == 200
         finally:
             limit.cancel()
             server.terminate()
-    assert f"HF_ENDPOINT=http://127.0.0.1:{port}," in line and "HF_TOKEN=hf_local" in line, line
+
+
+def test_a_server_that_does_not_start_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "hub").write_text("no folder")
+    with pytest.raises(AtomError, match="did not start"), running(tmp_path / "hub"):
+        pass
 
 
 def test_an_idle_connection_stays_open_longer_than_clients_keep_it(endpoint: str) -> None:

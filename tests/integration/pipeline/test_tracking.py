@@ -17,8 +17,8 @@ from pipeline.core.lease import Lease
 from pipeline.core.store import Artifact, Store
 from pipeline.graph import run as runs_of
 from pipeline.graph.run import NodeStatus, Run
+from pipeline.launch.rendezvous import free_port
 from pipeline.tracking import mlflow_sync
-from release.hub.local.server import free_port
 from tests.fixtures import home_fixtures
 from tests.fixtures.run_fixtures import at_length, atom
 from tests.fixtures.tracking_fixtures import tracked_runs, tracking_server

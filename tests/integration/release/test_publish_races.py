@@ -19,9 +19,10 @@ from typing import Any
 import pytest
 import uvicorn
 
+from pipeline.launch.rendezvous import free_port
 from release.assembly import build_release as builder
 from release.hub.local.app import make_app
-from release.hub.local.server import IDLE_SECONDS, LOCAL_TOKEN, free_port
+from release.hub.local.server import IDLE_SECONDS, LOCAL_TOKEN
 from release.hub.local.store import Commit, HubStore, current_time
 from tests.fixtures import ROOT
 from tests.fixtures.publish_fixtures import PRELUDE, build_another

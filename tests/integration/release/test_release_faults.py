@@ -12,8 +12,9 @@ import pytest
 import uvicorn
 from starlette.responses import JSONResponse
 
+from pipeline.launch.rendezvous import free_port
 from release.hub.local.app import make_app
-from release.hub.local.server import LOCAL_TOKEN, free_port
+from release.hub.local.server import LOCAL_TOKEN
 from tests.fixtures.run_fixtures import at_length
 
 WAYS = ("busy", "gone", "lost answer", "slow down")

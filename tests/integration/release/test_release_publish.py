@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.launch.rendezvous import free_port
 from release.assembly import build_release as builder
-from release.hub.local.server import free_port, running
+from release.hub.local.server import running
 from tests.fixtures import release_fixtures
 from tests.fixtures.publish_fixtures import build_another
 from tests.fixtures.run_fixtures import at_length
