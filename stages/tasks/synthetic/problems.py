@@ -59,10 +59,22 @@ def sort(rng: random.Random, level: int | None = None) -> Problem:
 
     The level is the number of digits that are less than the one before, 0 to 4.
     """
-    if level is not None and level not in range(5):
-        raise ValueError(f"sort has the levels 0 to 4 (descents), not {level}")
+    return _sort(rng, "sort", 5, level)
+
+
+def sort_six(rng: random.Random, level: int | None = None) -> Problem:
+    """Draws six digits to sort: for a model that learned from five, a task that it rarely solves.
+
+    The level is the number of digits that are less than the one before, 0 to 5.
+    """
+    return _sort(rng, "sort_six", 6, level)
+
+
+def _sort(rng: random.Random, task: str, count: int, level: int | None) -> Problem:
+    if level is not None and level not in range(count):
+        raise ValueError(f"{task} has the levels 0 to {count - 1} (descents), not {level}")
     while True:
-        digits = [rng.choice("0123456789") for _ in range(5)]
+        digits = [rng.choice("0123456789") for _ in range(count)]
         if level in (None, sum(b < a for a, b in pairwise(digits))):
             break
     so_far: list[str] = []
@@ -70,7 +82,7 @@ def sort(rng: random.Random, level: int | None = None) -> Problem:
     for digit in digits:
         so_far = sorted([*so_far, digit])
         steps.append("".join(so_far))
-    return Problem("sort", f"sort {''.join(digits)}", ";".join(steps), "".join(sorted(digits)))
+    return Problem(task, f"sort {''.join(digits)}", ";".join(steps), "".join(sorted(digits)))
 
 
 def trace(rng: random.Random, level: int | None = None) -> Problem:
@@ -103,7 +115,7 @@ def trace(rng: random.Random, level: int | None = None) -> Problem:
     return Problem("trace", ";".join([*lines, f"print({variable})"]), ";".join(steps[:-1]), str(value))
 
 
-TASKS: dict[str, Callable[..., Problem]] = {"add": add, "sort": sort, "trace": trace}
+TASKS: dict[str, Callable[..., Problem]] = {"add": add, "sort": sort, "sort_six": sort_six, "trace": trace}
 
 
 def plain(problem: Problem) -> tuple[str, int]:
