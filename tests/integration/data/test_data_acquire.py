@@ -8,6 +8,7 @@ import json
 import platform
 import random
 import sysconfig
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -430,8 +431,10 @@ def test_standard_library_documents(smoke_data: Path) -> None:
 
 
 def test_problems_are_right_and_follow_the_seed() -> None:
-    drawn = draw({"add": 0.5, "sort": 0.5}, 500, random.Random(1))
-    assert drawn == draw({"sort": 0.5, "add": 0.5}, 500, random.Random(1))
+    tasks = {"add": 0.4, "sort": 0.4, "sort_six": 0.2}
+    drawn = draw(tasks, 500, random.Random(1))
+    assert drawn == draw(dict(reversed(tasks.items())), 500, random.Random(1))
+    assert {(len(p.answer), p.task) for p in drawn if p.task != "add"} == {(5, "sort"), (6, "sort_six")}
     for problem in drawn:
         if problem.task == "add":
             assert eval(problem.question) == int(problem.answer)  # our own digits
@@ -450,6 +453,13 @@ def test_problems_are_right_and_follow_the_seed() -> None:
         def randrange(self, *args: int) -> int:  # type: ignore[override]
             return self.numbers.pop(0)
 
+    for task, levels in (("sort", 5), ("sort_six", 6)):
+        for level in range(levels):
+            digits = TASKS[task](random.Random(2), level).question.removeprefix("sort ")
+            assert sum(after < before for before, after in pairwise(digits)) == level
+        with pytest.raises(ValueError, match=f"{task} has the levels 0 to {levels - 1}"):
+            TASKS[task](random.Random(2), levels)
+
     rng = Fixed()
     rng.numbers = [347, 586]
     assert FORMS["worked"](add(rng))[0] == "347+586:7+6+0=13;4+8+1=13;3+5+1=09:933"
@@ -458,9 +468,10 @@ def test_problems_are_right_and_follow_the_seed() -> None:
 def test_items_differ_from_each_other_and_cannot_exceed_their_space(
     run_stage: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    artifact = run_stage(eval_set.STAGE, {"problems": {"add": 50, "sort": 20, "trace": 30}, "seed": 3}, {})
+    counts = {"add": 50, "sort": 10, "sort_six": 10, "trace": 30}
+    artifact = run_stage(eval_set.STAGE, {"problems": counts, "seed": 3}, {})
     rows = pq.read_table(artifact / "items.parquet").to_pylist()
-    assert len({r["text"] for r in rows}) == 100 and {r["task"] for r in rows} == set(TASKS)
+    assert len({r["text"] for r in rows}) == sum(counts.values()) and {r["task"] for r in rows} == set(TASKS)
     assert all(r["prompt"] == r["text"] + ":" for r in rows)
     few = draw({"sort": 1.0}, 30, random.Random(0))
     monkeypatch.setitem(TASKS, "sort", lambda rng: rng.choice(few))
