@@ -13,7 +13,9 @@ from rich.text import Text
 from pipeline.core.errors import AtomError
 from pipeline.core.text import escaped
 from release.chat.source import Suggestion
+from stages.formats.chat import Message
 from stages.generation.chat_models import ChatModel, ChatSampling, Reply
+from stages.rl.rollout.generation import MOST_CALLS, Request, Toolbox
 
 # Lines of thinking that are on the screen while it arrives.
 THINKING_LINES = 8
@@ -25,6 +27,8 @@ HELP = """\
 /reset    begin a new conversation
 /quit     leave, as Ctrl-D does
 Ctrl-C stops an answer."""
+# What a conversation is to the tools, which are offered by tasks.
+TASK = {"id": "chat", "kind": "chat"}
 # {why an answer ended: what is said of it}
 ENDINGS = {"limit": "cut at --max-tokens", "context": "cut: the model's context is full", "": "stopped"}
 
@@ -40,9 +44,11 @@ class Session:
         last: The last answer.
     """
 
-    def __init__(self, console: Console, model: ChatModel, sampling: ChatSampling) -> None:
-        self.console, self.model, self.sampling = console, model, sampling
-        self.messages: list[dict[str, str]] = []
+    def __init__(
+        self, console: Console, model: ChatModel, sampling: ChatSampling, toolbox: Toolbox | None = None
+    ) -> None:
+        self.console, self.model, self.sampling, self.toolbox = console, model, sampling, toolbox
+        self.messages: list[Message] = []
         self.last = Reply()
 
     def run(self, suggestions: Sequence[Suggestion], read: Callable[[str], str] = input) -> None:
@@ -88,12 +94,31 @@ class Session:
             self._print(HELP if name == "help" else f"there is no command /{name}; /help lists them")
 
     def turn(self, text: str) -> Reply:
-        """Asks, shows the answer as it arrives, and returns it. Ctrl-C ends it early; `stopped` is then empty."""
-        question = {"role": "user", "content": text}
-        self.last, self._printed = Reply(self._show), 0
+        """Asks, shows the answer as it arrives, and returns it. Ctrl-C ends it early; `stopped` is then empty.
+
+        A turn that calls tools is followed by their results and by the next turn.
+        """
+        turns: list[Message] = [{"role": "user", "content": text}]
+        most = self.toolbox.tools.max_turns if self.toolbox else 1
+        for number in range(1, most + 1):
+            self._draw(turns)
+            if self.last.stopped != "end" or number == most or not (results := self._call_tools()):
+                break
+            turns += self.last.turns(results)
+        if self.last.stopped in ENDINGS:
+            self._note(ENDINGS[self.last.stopped])
+        if self.last.answer:
+            self.messages += [*turns, {"role": "assistant", "content": self.last.answer}]
+        else:
+            self._note("the model gave no answer")
+        return self.last
+
+    def _draw(self, turns: Sequence[Message]) -> None:
+        functions = [] if self.toolbox is None else self.toolbox.tools.schemas(TASK)
+        self.last, self._printed = Reply(self._show, with_tools=bool(functions)), 0
         self._live = Live(console=self.console, transient=True, auto_refresh=False)
         try:
-            self.model.respond([*self.messages, question], self.sampling, self.last)
+            self.model.respond([*self.messages, *turns], self.sampling, self.last, functions)
             # What could have been the beginning of a mark is shown now.
             self._show(self.last)
         except KeyboardInterrupt:
@@ -102,13 +127,19 @@ class Session:
             self._fold()
             if self._printed:
                 self.console.print()
-        if self.last.stopped in ENDINGS:
-            self._note(ENDINGS[self.last.stopped])
-        if self.last.answer:
-            self.messages += [question, {"role": "assistant", "content": self.last.answer}]
-        else:
-            self._note("the model gave no answer")
-        return self.last
+
+    def _call_tools(self) -> list[str]:
+        """Answers the calls of the last turn, shows them, and returns their results. Ctrl-C gives them up."""
+        if self.toolbox is None or not (calls := self.last.calls[:MOST_CALLS]):
+            return []
+        try:
+            answered = self.toolbox.answer([Request(TASK, [call]) for call in calls])
+        except KeyboardInterrupt:
+            self.last.stopped = ""
+            return []
+        for call in answered:
+            self._note(f"calls {visible(call['request'])}\n{visible(call['result'])}".rstrip())
+        return [call["result"] for call in answered]
 
     def _show(self, reply: Reply) -> None:
         if answer := reply.answer[self._printed :]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from typing import TYPE_CHECKING, Annotated
@@ -14,6 +15,7 @@ from pipeline.operations.command_options import RELEASE, JsonOption
 
 if TYPE_CHECKING:
     from stages.generation.chat_models import ChatModel
+    from stages.rl.rollout.generation import Toolbox
 
 app = typer.Typer()
 
@@ -30,6 +32,7 @@ def chat(
     temperature: Annotated[float, typer.Option(min=0, max=10, help="0: the likeliest token")] = 0,
     max_tokens: Annotated[int | None, typer.Option(min=1, help="of an answer with its thinking; default: all")] = None,
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="of an answer with a temperature above 0")] = 0,
+    python: Annotated[bool, typer.Option("--python", help="let it run Python programs, in the sandbox")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Talk to a released model in the terminal.
@@ -40,6 +43,9 @@ def chat(
     With --prompt, or a text on stdin, the answer alone is printed; with --json also thinking, number of tokens, and why
     it stopped: end, limit (--max-tokens) or context. HF_ENDPOINT and HF_TOKEN are respected, and OPENAI_API_KEY is sent
     to a server.
+
+    With --python the model is offered the tool that RL has: its programs run in the sandbox, and they and their results
+    are shown.
 
     `atom chat local/atom-tiny@v0.1.0` talks to a model of the Hub, `atom chat http://127.0.0.1:8000/v1` to one on a
     server, and `atom chat runs/releases/atom-tiny-0.1.0 --model model-sft --prompt "216+840"` asks an earlier model.
@@ -74,15 +80,30 @@ def chat(
             except ImportError as error:
                 raise AtomError(f"{error}; {installing('train')}") from None
 
-    session = Session(Console(quiet=as_json), chat_model, ChatSampling(temperature, max_tokens, seed))
-    if prompt is None:
-        import readline  # noqa: F401 - with it, arrow keys edit and recall lines
+    sampling = ChatSampling(temperature, max_tokens, seed)
+    with contextlib.ExitStack() as stack:
+        toolbox = stack.enter_context(contextlib.closing(_python())) if python else None
+        session = Session(Console(quiet=as_json), chat_model, sampling, toolbox)
+        if prompt is None:
+            import readline  # noqa: F401 - with it, arrow keys edit and recall lines
 
-        print("\n".join([f"{target}: {chat_model.description}", *lines]))
-        return session.run(suggestions)
-    reply = session.turn(prompt)
+            print("\n".join([f"{target}: {chat_model.description}", *lines]))
+            return session.run(suggestions)
+        reply = session.turn(prompt)
     if as_json:
         fields = {name: getattr(reply, name) for name in ("thinking", "answer", "tokens", "stopped")}
         print(json.dumps({"prompt": prompt, **fields}, ensure_ascii=False, indent=1))
     if not reply.stopped:
         raise typer.Exit(130)
+
+
+def _python() -> Toolbox:
+    """Starts the tool `python`. Raises AtomError where no sandbox runs."""
+    from stages.rl.rollout.generation import Toolbox
+    from stages.rl.tools.settings import Tools
+
+    tools = Tools.model_validate({"offered": [{"tool": "python", "workers": 1}]})
+    for tool in tools.offered:
+        if reason := tool.missing():
+            raise AtomError(reason)
+    return Toolbox(tools)

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 FEATURES = ("system", "tools", "reasoning")
 # The template's texts around the tools in the system turn.
 TOOLS_BEGIN, TOOLS_END = "These tools can be called:\n<tools>\n", "</tools>\n"
+# A call of a tool, as Hermes and Qwen write it.
+CALL_TEXT = re.compile(r"<tool_call>(.*?)(?:</tool_call>|\Z)", re.DOTALL)
 # The template's text before an answer.
 BEGIN = f"{TURN_START}assistant\n"
 MARK = "\0"

@@ -7,20 +7,22 @@ import json
 import os
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 from pipeline.core.errors import AtomError
 from pipeline.core.text import printable
-from stages.formats.chat import Message
+from stages.formats.chat import CALL_TEXT, Message
 from stages.formats.tokenizer import THINK_END, THINK_START
 
+# What begins a call of a tool.
+CALL_START = "<tool_call>"
 # Seconds without a byte after which a server counts as lost; a long prompt takes some until its first token.
 SILENT_SECONDS = 300
 # {reason of OpenAI's API: that of a reply}; any other is kept as it is.
-REASONS = {"stop": "end", "length": "limit"}
+REASONS = {"stop": "end", "tool_calls": "end", "length": "limit"}
 # The errors of reading something else than the JSON that was expected.
 OTHER_JSON = (ValueError, ArithmeticError, LookupError, TypeError, AttributeError)
 # Bytes of a line of a server, and of all its lines.
@@ -48,16 +50,20 @@ class Reply:
 
     Attributes:
         show: Is called after each piece.
+        with_tools: True if the model may call tools: its calls are then no part of the answer.
         text: What the model has written, with its thinking between `<think>` and `</think>` at the beginning.
         tokens: The number of tokens so far. A server that does not count them is counted in pieces of its stream.
         stopped: `end` if the model ended the answer, `limit` at the maximum number of tokens, `context` at the end of
             the model's context; "" until then.
+        parsed_calls: Calls that a server has found itself, in the form of OpenAI's API.
     """
 
     show: Callable[[Reply], None] = lambda reply: None
+    with_tools: bool = False
     text: str = ""
     tokens: int = 0
     stopped: str = ""
+    parsed_calls: list[dict[str, Any]] = field(default_factory=list)
 
     def add(self, text: str) -> None:
         """Takes the next piece of text."""
@@ -73,7 +79,32 @@ class Reply:
     @property
     def answer(self) -> str:
         """The text after the thinking."""
-        return self._parts()[1]
+        text = self._parts()[1]
+        if not self.with_tools:
+            return text
+        text = text.partition(CALL_START)[0]
+        # The mark of a call may arrive in pieces.
+        begun = next((n for n in range(len(CALL_START) - 1, 0, -1) if text.endswith(CALL_START[:n])), 0)
+        return text if self.stopped else text.removesuffix(CALL_START[:begun])
+
+    @property
+    def calls(self) -> list[str]:
+        """The text of each call of a tool, in JSON if the model wrote it well."""
+        functions = [call["function"] for call in self.parsed_calls]
+        parsed = [f'{{"name": {json.dumps(f["name"])}, "arguments": {f["arguments"] or "{}"}}}' for f in functions]
+        return parsed or [call.strip() for call in CALL_TEXT.findall(self._parts()[1])]
+
+    def turns(self, results: Sequence[str]) -> list[Message]:
+        """Returns the messages of this turn and of the results of its calls."""
+        if self.parsed_calls:
+            turn: Message = {"role": "assistant", "content": self.answer, "tool_calls": self.parsed_calls}
+        else:
+            turn = {"role": "assistant", "content": self._parts()[1]}
+        ids = [call["id"] for call in self.parsed_calls] or map(str, range(len(results)))
+        return [
+            turn,
+            *({"role": "tool", "tool_call_id": id, "content": text} for id, text in zip(ids, results, strict=False)),
+        ]
 
     def _parts(self) -> tuple[str, str]:
         text = self.text.lstrip()
@@ -93,8 +124,24 @@ class ChatModel(Protocol):
 
     description: str
 
-    def respond(self, messages: Sequence[Message], sampling: ChatSampling, reply: Reply) -> None:
-        """Fills `reply` with the answer to a conversation. Raises AtomError if it cannot be answered."""
+    def respond(
+        self,
+        messages: Sequence[Message],
+        sampling: ChatSampling,
+        reply: Reply,
+        functions: Sequence[Mapping[str, Any]] = (),
+    ) -> None:
+        """Fills `reply` with the answer to a conversation.
+
+        Args:
+            messages: The conversation.
+            sampling: The settings of the drawing.
+            reply: What is filled.
+            functions: The JSON schemas of the functions that may be called.
+
+        Raises:
+            AtomError: It cannot be answered.
+        """
 
 
 class InProcessChat:
@@ -126,14 +173,22 @@ class InProcessChat:
         self.stops = stops if isinstance(stops, list) else [stops]
         self.description = f"{model.num_parameters():,} parameters, a context of {self.context:,} tokens"
 
-    def respond(self, messages: Sequence[Message], sampling: ChatSampling, reply: Reply) -> None:
+    def respond(
+        self,
+        messages: Sequence[Message],
+        sampling: ChatSampling,
+        reply: Reply,
+        functions: Sequence[Mapping[str, Any]] = (),
+    ) -> None:
         import torch
         from tokenizers.decoders import DecodeStream
 
         for token in self.tokenizer.all_special_tokens:
             if any(token in message["content"] for message in messages):
                 raise AtomError(f"{token} is a mark of the model's template; leave it out, or begin a new conversation")
-        prompt = self.tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=True)
+        prompt = self.tokenizer.apply_chat_template(
+            list(messages), tools=list(functions) or None, add_generation_prompt=True, return_dict=True
+        )
         ids = tuple(prompt["input_ids"])
         room = self.context - len(ids)
         if room < 1:
@@ -177,10 +232,17 @@ class ServedChat:
             raise AtomError(f"give --model, one of those of {self.url}: {printable(', '.join(models))}")
         self.model, self.description = chosen[0], printable(chosen[0])
 
-    def respond(self, messages: Sequence[Message], sampling: ChatSampling, reply: Reply) -> None:
+    def respond(
+        self,
+        messages: Sequence[Message],
+        sampling: ChatSampling,
+        reply: Reply,
+        functions: Sequence[Mapping[str, Any]] = (),
+    ) -> None:
         # A server has its own default for what is left out.
         body = {name: value for name, value in asdict(sampling).items() if value is not None}
         body |= {"model": self.model, "messages": messages, "stream": True, "stream_options": {"include_usage": True}}
+        body |= {"tools": list(functions)} if functions else {}
         stopped, is_thinking = "", False
         for line in self._lines("/chat/completions", body):
             data = line.removeprefix(b"data:").strip()
@@ -198,6 +260,8 @@ class ServedChat:
                     if content := delta.get("content"):
                         reply.add(THINK_END + content if is_thinking else content)
                         is_thinking = False
+                    for piece in delta.get("tool_calls") or ():
+                        _add_call(reply.parsed_calls, piece)
                     stopped = str(choice.get("finish_reason") or stopped)
                 reply.tokens = int((event.get("usage") or {}).get("completion_tokens", reply.tokens))
             except OTHER_JSON:
@@ -224,6 +288,16 @@ class ServedChat:
             raise AtomError(f"{self.url} refuses with status {error.code}: {_quoted(error.read(2000))}") from None
         except (OSError, http.client.HTTPException, ValueError) as error:
             raise AtomError(f"no server answers at {self.url}: {printable(str(error))}") from None
+
+
+def _add_call(calls: list[dict[str, Any]], piece: Mapping[str, Any]) -> None:
+    """Adds a piece of a call that a server streams: the first has its name, all have some of its arguments."""
+    number, function = int(piece["index"]), piece["function"]
+    if number == len(calls):
+        empty = {"name": "", "arguments": ""}
+        calls.append({"id": str(piece.get("id") or number), "type": "function", "function": empty})
+    for key in ("name", "arguments"):
+        calls[number]["function"][key] += str(function.get(key) or "")
 
 
 def _quoted(data: bytes) -> str:

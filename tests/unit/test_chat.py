@@ -27,7 +27,7 @@ from stages.formats.seeds import seed_of
 from stages.formats.table import KEPT, content_hash, read_table, write_rows
 from stages.formats.tokenizer import TRAINING_FILE, TURN_END, TURN_START
 from stages.rl.rewards.reward_model import reward_input
-from stages.rl.rollout.generation import CALL_TEXT, Chat
+from stages.rl.rollout.generation import Chat
 from stages.rl.tools.settings import Tools
 from stages.scorers import LATEST, SCORERS
 from stages.tasks.synthetic import courtesy_notes
@@ -99,7 +99,9 @@ def test_tools_and_calls_are_rendered_as_transformers_does(folder: Path) -> None
     for n in (2, 4, 7):
         rendered = theirs.apply_chat_template(CALLS[:n], tools=[TOOL], tokenize=False, add_generation_prompt=True)
         assert chat.render(CALLS[:n], True, [TOOL]) == rendered
-    calls = [json.loads(call) for call in CALL_TEXT.findall(chat.render(CALLS, tools=[TOOL])) if "the tool" not in call]
+    calls = [
+        json.loads(call) for call in chat.CALL_TEXT.findall(chat.render(CALLS, tools=[TOOL])) if "the tool" not in call
+    ]
     assert [call["arguments"] for call in calls] == [{"é": [1, "<1>"]}, {"a": 2}, {}]
     first, second, third = [text[n:] for text, n in chat.turns(CALLS, [TOOL])]
     assert first == '<tool_call>\n{"name": "sum", "arguments": {"é": [1, "<1>"]}}\n</tool_call><|im_end|>'

@@ -20,7 +20,7 @@ from pipeline.graph import recipe as recipes
 from stages.formats import chat
 from stages.rl.config import RlTrainConfig
 from stages.rl.protocols import Call, Result
-from stages.rl.rollout.generation import CALL_TEXT, Chat, Request, Toolbox, is_result, read_call
+from stages.rl.rollout.generation import Chat, Request, Toolbox, is_result, read_call
 from stages.rl.tools.python_program import PythonTool
 from stages.rl.tools.settings import Tools
 from tests.fixtures import ROOT, rl_fixtures, tool_fixtures
@@ -52,8 +52,8 @@ def test_a_call_that_no_tool_can_answer_says_so(request_: str, status: str, tool
 
 def test_calls_are_found_as_the_hermes_parser_does() -> None:
     text = "a <tool_call>\n1\n</tool_call><tool_call>2</tool_call> b </tool_call> <tool_call>3"
-    assert [call.strip() for call in CALL_TEXT.findall(text)] == ["1", "2", "3"]
-    assert len(CALL_TEXT.findall("<tool_call>" * 200_000)) == 1, "in linear time"
+    assert [call.strip() for call in chat.CALL_TEXT.findall(text)] == ["1", "2", "3"]
+    assert len(chat.CALL_TEXT.findall("<tool_call>" * 200_000)) == 1, "in linear time"
 
 
 def test_results_are_the_templates_tokens_and_never_control_tokens(tmp_path: Path) -> None:

@@ -37,7 +37,6 @@ from stages.tasks import Row
 RETRIES = 2
 # Seconds before the first new attempt; each further pause is twice as long.
 RETRY_SECONDS = 2.0
-CALL_TEXT = re.compile(r"<tool_call>(.*?)(?:</tool_call>|\Z)", re.DOTALL)
 # Calls of a turn that are answered; further ones are not.
 MOST_CALLS = 8
 # The mark in place of the rest of a result. stages/rl/rewards/gym_server.py looks for its beginning.
@@ -82,8 +81,7 @@ class Chat:
 
     def functions(self, row: Row) -> list[dict[str, Any]]:
         """Returns the functions that a task offers, in the form of OpenAI's chat API."""
-        functions = {} if self.tools is None else self.tools.functions(row)
-        return [{"type": "function", "function": schema} for _, schema in functions.values()]
+        return [] if self.tools is None else self.tools.schemas(row)
 
     def encode_results(self, results: Sequence[str]) -> list[int]:
         """Returns the token ids between a turn that calls tools and the next one. No result ends its turn."""
@@ -315,7 +313,7 @@ class Episode:
         # A turn that its maximum length cut, or that ended the document, calls nothing.
         if self.offers_tools and drawn.finished and drawn.ids[-1] == self.chat.turn_end:
             text = answer_of(self.chat.decode(drawn.ids[:-1]))
-            calls = [request.strip() for request in CALL_TEXT.findall(text)][:MOST_CALLS]
+            calls = [request.strip() for request in chat.CALL_TEXT.findall(text)][:MOST_CALLS]
         self.is_finished = drawn.finished and not calls
         # In the last turn, calls stay without an answer.
         return calls if len(self.turns) < self.limits.max_turns else []

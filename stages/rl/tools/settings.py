@@ -55,3 +55,7 @@ class Tools(Config):
                     raise AtomError(f"task {row.get('id')} offers {name} twice, and a call names one; leave one out")
                 functions[name] = tool, function
         return functions
+
+    def schemas(self, row: Row) -> list[dict[str, Any]]:
+        """Returns the functions that a task offers, in the form of OpenAI's chat API."""
+        return [{"type": "function", "function": schema} for _, schema in self.functions(row).values()]

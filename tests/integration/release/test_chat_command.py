@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
@@ -19,13 +20,17 @@ from typer.testing import CliRunner, Result
 from bench import record
 from pipeline.cli.main import app
 from pipeline.core.errors import AtomError, CheckFailed
-from release.chat.session import Session
+from release.chat.session import TASK, Session
 from release.chat.source import SUGGESTIONS, Suggestion, suggest
 from stages.generation.chat_models import ChatSampling, InProcessChat, Reply, ServedChat
+from stages.rl.rollout.generation import Toolbox
+from stages.rl.tools.settings import Tools
 from tests.fixtures import taught_fixtures
 from tests.fixtures.hub_fixtures import Hub
+from tests.fixtures.sandbox_fixtures import NEEDS_BUBBLEWRAP
 from tests.fixtures.taught_fixtures import LESSONS
 
+TOOLS = Tools.model_validate({"offered": [{"tool": "python", "workers": 1}]})
 WHY, WHAT = "Why is 3+3 = 6?", "What is 2+2?"
 THOUGHT = "<think>\nthree twice\n</think>\n\nIt is 6."
 CARD = (
@@ -223,7 +228,7 @@ class Scripted:
     def __init__(self, *answers: list[Any]) -> None:
         self.answers, self.asked = list(answers), []
 
-    def respond(self, messages: Any, sampling: ChatSampling, reply: Reply) -> None:
+    def respond(self, messages: Any, sampling: ChatSampling, reply: Reply, functions: Any = ()) -> None:
         self.asked.append([message["content"] for message in messages])
         for piece in self.answers.pop(0):
             if isinstance(piece, BaseException):
@@ -306,6 +311,58 @@ def test_an_error_and_an_unknown_command_leave_the_session_usable() -> None:
     assert "the conversation is too long" in shown
     assert model.asked == [["long"], ["short"]]
     assert "\\x1b[2Jfine" in shown, "a model cannot clear the terminal"
+
+
+# Tools.
+
+
+@NEEDS_BUBBLEWRAP
+def test_a_program_of_the_model_runs_in_the_sandbox_and_its_result_is_read(
+    tmp_path: Path, working_sandbox: None
+) -> None:
+    lessons = taught_fixtures.python_lessons(TOOLS.schemas(TASK))
+    taught_fixtures.save(tmp_path / "model", lessons=(), more=lessons)
+    question = lessons[0].request["messages"][0]["content"]
+    asked = ["chat", str(tmp_path / "model"), "--prompt", question]
+    assert CliRunner().invoke(app, asked).stdout == "About 1000.\n", "no tool is offered unasked"
+    run = CliRunner().invoke(app, [*asked, "--python"])
+    assert run.stdout == "I compute it.\n\nIt is 1024.\n"
+    assert 'calls {"name": "python", "arguments": {"code": "print(2**10)"}}\n1024\n' in run.stderr
+
+
+@NEEDS_BUBBLEWRAP
+def test_a_call_that_nothing_can_answer_has_its_error_as_the_result() -> None:
+    calls = "<tool_call>2**10</tool_call>", '<tool_call>{"name": "shell", "arguments": {}}</tool_call>'
+    model = Scripted([f"Let me see. {calls[0]}"], ["<tool", calls[1].removeprefix("<tool")], ["1024, I think."])
+    with contextlib.closing(Toolbox(TOOLS)) as toolbox:
+        session = Session(Console(file=io.StringIO()), model, ChatSampling(), toolbox)
+        assert session.turn("How much?").answer == "1024, I think."
+    *_, last = model.asked
+    assert last == [
+        "How much?", f"Let me see. {calls[0]}", last[2], calls[1], "error: there is no such tool; there are python",
+    ]  # fmt: skip
+    assert last[2].startswith("error: the call is not JSON")
+
+
+@NEEDS_BUBBLEWRAP
+def test_a_server_that_parses_calls_gets_them_back_with_results(
+    server: tuple[str, type[Handler]], working_sandbox: None
+) -> None:
+    url, kind = server
+
+    def piece(arguments: str, **first: Any) -> str:
+        return event(tool_calls=[{"index": 0, "function": {"arguments": arguments, **first.pop("named", {})}, **first}])
+
+    kind.events = (
+        piece('{"code": ', id="c7", named={"name": "python"}), piece('"print(6*7)"}'), event("tool_calls"), "[DONE]",
+    )  # fmt: skip
+    run = CliRunner().invoke(app, ["chat", url, "--python", "--prompt", "How much?"])
+    assert len(kind.bodies) == TOOLS.max_turns and "the model gave no answer" in run.stderr
+    assert kind.bodies[0]["tools"][0]["function"]["name"] == "python"
+    question, call, result = kind.bodies[1]["messages"]
+    function = {"name": "python", "arguments": '{"code": "print(6*7)"}'}
+    assert call["tool_calls"] == [{"id": "c7", "type": "function", "function": function}]
+    assert result == {"role": "tool", "tool_call_id": "c7", "content": "42\n"} and question["role"] == "user"
 
 
 # Suggestions.
