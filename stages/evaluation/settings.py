@@ -115,23 +115,14 @@ class EvaluationSection(Config):
 
     @model_validator(mode="after")
     def _check_further(self) -> EvaluationSection:
-        asked = self.chat.items.problems if self.chat else {}
-        if twice := sorted(self.problems.keys() & asked.keys()):
-            task = twice[0]
-            raise ValueError(f"chat.items.problems.{task} is asked for by problems.{task}, too; leave it out")
         further = self.chat and self.chat.pass_at_k
-        task, fewest = min(self.conversation_problems.items(), key=lambda item: item[1])
+        task, fewest = min(self.problems.items(), key=lambda item: item[1])
         if further and further.items >= fewest:
             raise ValueError(
                 f"chat.pass_at_k.items = {further.items} is not less than problems.{task} = {fewest}, of which it is a "
                 "part; lower it, or raise the other"
             )
         return self
-
-    @property
-    def conversation_problems(self) -> dict[str, int]:
-        """The number of problems by task that are asked in conversations."""
-        return self.problems | (self.chat.items.problems if self.chat else {})
 
     def tokens(self, sources: int) -> int:
         """Returns the most tokens that the evaluation of one model reads and draws, with this number of sources.
@@ -283,11 +274,10 @@ def chat_nodes(measured: Measured, chat_models: Sequence[str], before: Sequence[
 
 def _solving_nodes(measured: Measured, chat: ChatSection, which: str, further: FurtherSamples | None) -> list[NodeSpec]:
     """Returns the nodes in which a model answers the items, and the items drawn after training."""
-    items = sum(measured.section.conversation_problems.values()) + chat.items.courtesies
+    items = sum(measured.section.problems.values()) + chat.items.courtesies
     answers = items * chat.num_samples
     if further:
-        counts = measured.section.conversation_problems.values()
-        answers += further.num_samples * sum(min(further.items, n) for n in counts)
+        answers += further.num_samples * sum(min(further.items, n) for n in measured.section.problems.values())
     tokens = answers * (QUESTION_TOKENS + chat.max_new_tokens)
     expected = _expected(measured, measured.models[which], tokens, count(items, pass_at_k.ITEMS_PER_BATCH))
     config = _generation(measured, chat) | {"expected": expected, "num_samples": chat.num_samples}

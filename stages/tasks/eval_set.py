@@ -39,11 +39,9 @@ Requests = Annotated[int, Range(0, 10_000)]
 class ChatItems(Config):
     """Evaluation items in conversations.
 
-    These are the problems of `evaluation.problems` and further ones, and requests for courteous notes.
+    These are the problems of `evaluation.problems`, further ones for validation, and requests for courteous notes.
     """
 
-    problems: dict[Task, Items] = added({}, max_length=len(TASKS))
-    """number of problems by task that are asked in conversations only, of other tasks than evaluation.problems"""
     validation: dict[Task, Items] = Field({}, max_length=len(TASKS))
     """number of further problems by task, for choosing settings"""
     courtesies: Requests = 0
@@ -107,16 +105,13 @@ def _chat_rows(config: ChatItems, items: list[dict[str, str]], seed: int) -> Ite
     for row in items:
         fields = {"question": row["text"], "expected_answer": row["answer"], "split": "test"}
         yield to_row(row["id"], row["text"], "exact", row["task"], 0, **fields)
-    for setting, split, prefix in (("problems", "test", ""), ("validation", "validation", "validation/")):
-        counts = getattr(config, setting)
-        for task, count in sorted(counts.items()):
-            rng = random.Random(seed_of(f"items/{setting}/{task}", seed))
-            with asking_for_fewer(f"evaluation.chat.items.{setting}"):
-                problems = draw_distinct(task, count, rng, without=excluded)
-            excluded |= {problem.question for problem in problems}
-            for i, problem in enumerate(problems):
-                fields = {"question": problem.question, "expected_answer": problem.answer, "split": split}
-                yield to_row(f"{prefix}{task}/{i:05d}", problem.question, "exact", task, 0, **fields)
+    for task, count in sorted(config.validation.items()):
+        rng = random.Random(seed_of(f"items/validation/{task}", seed))
+        with asking_for_fewer("evaluation.chat.validation"):
+            problems = draw_distinct(task, count, rng, without=excluded)
+        for i, problem in enumerate(problems):
+            fields = {"question": problem.question, "expected_answer": problem.answer, "split": "validation"}
+            yield to_row(f"validation/{task}/{i:05d}", problem.question, "exact", task, 0, **fields)
     rng = random.Random(seed_of("items/courtesies", seed))
     with asking_for_fewer("evaluation.chat.courtesies"):
         requests = courtesy_notes.draw_distinct(config.courtesies + config.courtesies_validation, rng, heldout=True)

@@ -21,7 +21,6 @@ from release.cards.chat_tables import sharpening
 from stages.confidence import clustered, pass_at, powers_of_two, wilson
 from stages.evaluation import pass_at_k
 from stages.evaluation.settings import ChatSection, EvaluationSection
-from stages.tasks.eval_set import chat_rows, texts_of
 from tests.fixtures import ROOT, chat_fixtures
 from tests.fixtures.run_fixtures import evaluate_in_shards
 
@@ -179,27 +178,3 @@ def test_further_answers_are_to_some_of_the_problems() -> None:
     assert EvaluationSection(problems={"add": 8, "sort": 6}, chat=chat)
     with pytest.raises(ValidationError, match="pass_at_k.items = 5 is not less than problems.sort = 5, of which"):
         EvaluationSection(problems={"add": 8, "sort": 5}, chat=chat)
-
-
-def test_problems_that_only_conversations_ask_are_test_items_of_a_task_of_their_own(tmp_path: Path) -> None:
-    config = {"problems": {"add": 4, "sort": 4}, "seed": 0, "chat": {"validation": {"sort_six": 3, "add": 2}}}
-    without = chat_fixtures.sealed(chat_fixtures.items_stage.STAGE, config, {}, tmp_path / "without")
-    config["chat"] |= {"problems": {"sort_six": 3}}  # type: ignore[operator]
-    items = chat_fixtures.sealed(chat_fixtures.items_stage.STAGE, config, {}, tmp_path / "with")
-
-    rows, before = chat_rows(items), chat_rows(without)
-
-    added = [row for row in rows if row["id"].startswith("sort_six/")]
-    assert [(row["id"], row["split"]) for row in added] == [(f"sort_six/0000{n}", "test") for n in range(3)]
-    assert [row for row in rows if row not in added] == before
-    questions = [row["question"] for row in rows if row["kind"] != "courtesy"]
-    assert len(questions) == len(set(questions)), "no validation item is a test item"
-    assert {row["question"] for row in added} <= {text for _, text in texts_of(items)}, "training leaves them out"
-
-
-def test_a_task_is_asked_in_conversations_by_one_setting() -> None:
-    chat: Any = {"items": {"problems": {"sort": 8}}, "pass_at_k": {"items": 9, "num_samples": 64}}
-    with pytest.raises(ValidationError, match=r"chat\.items\.problems\.sort is asked for by problems\.sort, too"):
-        EvaluationSection(problems={"add": 10, "sort": 10}, chat=chat)
-    with pytest.raises(ValidationError, match="pass_at_k.items = 9 is not less than problems.sort = 8"):
-        EvaluationSection(problems={"add": 10}, chat=chat)
