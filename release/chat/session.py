@@ -15,6 +15,7 @@ from pipeline.core.text import escaped
 from release.chat.source import Suggestion
 from stages.formats.chat import Message
 from stages.generation.chat_models import ChatModel, ChatSampling, Reply
+from stages.generation.protocols import ToolCall
 from stages.rl.rollout.generation import MOST_CALLS, Request, Toolbox
 
 # Lines of thinking that are on the screen while it arrives.
@@ -41,7 +42,8 @@ class Session:
 
     Attributes:
         messages: The turns so far. A turn without an answer is left out.
-        last: The last answer.
+        last: The last answer; its tokens are those of all its turns.
+        calls: The calls of tools in the last answer, with their results.
     """
 
     def __init__(
@@ -50,6 +52,7 @@ class Session:
         self.console, self.model, self.sampling, self.toolbox = console, model, sampling, toolbox
         self.messages: list[Message] = []
         self.last = Reply()
+        self.calls: list[ToolCall] = []
 
     def run(self, suggestions: Sequence[Suggestion], read: Callable[[str], str] = input) -> None:
         """Reads lines until the user leaves."""
@@ -99,12 +102,21 @@ class Session:
         A turn that calls tools is followed by their results and by the next turn.
         """
         turns: list[Message] = [{"role": "user", "content": text}]
-        most = self.toolbox.tools.max_turns if self.toolbox else 1
+        most, tokens = self.toolbox.tools.max_turns if self.toolbox else 1, 0
+        self.calls = []
         for number in range(1, most + 1):
             self._draw(turns)
-            if self.last.stopped != "end" or number == most or not (results := self._call_tools()):
+            tokens += self.last.tokens
+            if self.last.stopped != "end" or not (calls := self.last.calls[:MOST_CALLS] if self.toolbox else []):
                 break
-            turns += self.last.turns(results)
+            if number == most:
+                self._note(f"it calls a tool again in turn {most}, which is not answered")
+                break
+            if not (answered := self._call_tools(calls)):
+                break
+            self.calls += answered
+            turns += self.last.turns([call["result"] for call in answered])
+        self.last.tokens = tokens
         if self.last.stopped in ENDINGS:
             self._note(ENDINGS[self.last.stopped])
         if self.last.answer:
@@ -128,18 +140,19 @@ class Session:
             if self._printed:
                 self.console.print()
 
-    def _call_tools(self) -> list[str]:
-        """Answers the calls of the last turn, shows them, and returns their results. Ctrl-C gives them up."""
-        if self.toolbox is None or not (calls := self.last.calls[:MOST_CALLS]):
-            return []
+    def _call_tools(self, requests: Sequence[str]) -> list[ToolCall]:
+        """Shows and answers calls of tools. Ctrl-C gives them up; a program then ends at its limit of time."""
+        assert self.toolbox is not None
+        answered: list[ToolCall] = []
         try:
-            answered = self.toolbox.answer([Request(TASK, [call]) for call in calls])
+            for request in requests:
+                self._note(f"calls {visible(request)}")
+                answered += self.toolbox.answer([Request(TASK, [request])])
+                self._note(visible(answered[-1]["result"]).rstrip())
         except KeyboardInterrupt:
             self.last.stopped = ""
             return []
-        for call in answered:
-            self._note(f"calls {visible(call['request'])}\n{visible(call['result'])}".rstrip())
-        return [call["result"] for call in answered]
+        return answered
 
     def _show(self, reply: Reply) -> None:
         if answer := reply.answer[self._printed :]:
@@ -163,7 +176,7 @@ class Session:
 
     def _note(self, text: str) -> None:
         """Prints a line that is not the model's: dim on a terminal, and else on standard error."""
-        if self.console.is_terminal:
+        if self.console.is_terminal and not self.console.quiet:
             self.console.print(Text(text, style="dim"), soft_wrap=True)
         else:
             print(f"atom: {text}", file=sys.stderr)

@@ -44,8 +44,8 @@ def chat(
     it stopped: end, limit (--max-tokens) or context. HF_ENDPOINT and HF_TOKEN are respected, and OPENAI_API_KEY is sent
     to a server.
 
-    With --python the model is offered the tool that RL has: its programs run in the sandbox, and they and their results
-    are shown.
+    With --python the model is offered the tool that RL has: its programs run in the sandbox, for two seconds of
+    processor time each. They and their results are shown, and so is each turn of an answer; --json has all calls.
 
     `atom chat local/atom-tiny@v0.1.0` talks to a model of the Hub, `atom chat http://127.0.0.1:8000/v1` to one on a
     server, and `atom chat runs/releases/atom-tiny-0.1.0 --model model-sft --prompt "216+840"` asks an earlier model.
@@ -92,7 +92,8 @@ def chat(
         reply = session.turn(prompt)
     if as_json:
         fields = {name: getattr(reply, name) for name in ("thinking", "answer", "tokens", "stopped")}
-        print(json.dumps({"prompt": prompt, **fields}, ensure_ascii=False, indent=1))
+        calls = {"calls": session.calls} if python else {}
+        print(json.dumps({"prompt": prompt, **fields, **calls}, ensure_ascii=False, indent=1))
     if not reply.stopped:
         raise typer.Exit(130)
 
@@ -102,7 +103,7 @@ def _python() -> Toolbox:
     from stages.rl.rollout.generation import Toolbox
     from stages.rl.tools.settings import Tools
 
-    tools = Tools.model_validate({"offered": [{"tool": "python", "workers": 1}]})
+    tools = Tools.model_validate({"offered": [{"tool": "python", "workers": 1, "cpu_seconds": 2}]})
     for tool in tools.offered:
         if reason := tool.missing():
             raise AtomError(reason)

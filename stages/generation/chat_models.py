@@ -96,10 +96,13 @@ class Reply:
 
     def turns(self, results: Sequence[str]) -> list[Message]:
         """Returns the messages of this turn and of the results of its calls."""
-        if self.parsed_calls:
-            turn: Message = {"role": "assistant", "content": self.answer, "tool_calls": self.parsed_calls}
+        # Every call of a message needs its result.
+        if parsed := self.parsed_calls[: len(results)]:
+            turn: Message = {"role": "assistant", "content": self.answer, "tool_calls": parsed}
         else:
-            turn = {"role": "assistant", "content": self._parts()[1]}
+            thinking, content = self._parts()
+            # A template keeps the thinking of an answer that goes on.
+            turn = {"role": "assistant", "content": content} | ({"reasoning_content": thinking} if thinking else {})
         ids = [call["id"] for call in self.parsed_calls] or map(str, range(len(results)))
         return [
             turn,
@@ -181,14 +184,21 @@ class InProcessChat:
         functions: Sequence[Mapping[str, Any]] = (),
     ) -> None:
         import torch
+        from jinja2 import TemplateError
         from tokenizers.decoders import DecodeStream
 
         for token in self.tokenizer.all_special_tokens:
-            if any(token in message["content"] for message in messages):
+            if any(token in message["content"] for message in messages if message["role"] != "tool"):
                 raise AtomError(f"{token} is a mark of the model's template; leave it out, or begin a new conversation")
-        prompt = self.tokenizer.apply_chat_template(
-            list(messages), tools=list(functions) or None, add_generation_prompt=True, return_dict=True
-        )
+        try:
+            prompt = self.tokenizer.apply_chat_template(
+                [self._plain(message) for message in messages],
+                tools=list(functions) or None,
+                add_generation_prompt=True,
+                return_dict=True,
+            )
+        except TemplateError as error:
+            raise AtomError(f"the model's template refuses this conversation: {printable(str(error))}") from None
         ids = tuple(prompt["input_ids"])
         room = self.context - len(ids)
         if room < 1:
@@ -214,6 +224,13 @@ class InProcessChat:
             if left > 1:
                 logits = self.decoder.step(token)
         reply.stopped = "limit" if reply.tokens < room else "context"
+
+    def _plain(self, message: Message) -> Message:
+        """Returns a message in which no result of a tool has a mark of the template: a blank divides each."""
+        content = message["content"]
+        for token in self.tokenizer.all_special_tokens if message["role"] == "tool" else ():
+            content = content.replace(token, f"{token[0]} {token[1:]}")
+        return {**message, "content": content}
 
 
 class ServedChat:
@@ -260,7 +277,7 @@ class ServedChat:
                     if content := delta.get("content"):
                         reply.add(THINK_END + content if is_thinking else content)
                         is_thinking = False
-                    for piece in delta.get("tool_calls") or ():
+                    for piece in (delta.get("tool_calls") or ()) if functions else ():
                         _add_call(reply.parsed_calls, piece)
                     stopped = str(choice.get("finish_reason") or stopped)
                 reply.tokens = int((event.get("usage") or {}).get("completion_tokens", reply.tokens))
@@ -292,7 +309,9 @@ class ServedChat:
 
 def _add_call(calls: list[dict[str, Any]], piece: Mapping[str, Any]) -> None:
     """Adds a piece of a call that a server streams: the first has its name, all have some of its arguments."""
-    number, function = int(piece["index"]), piece["function"]
+    number, function = piece.get("index"), piece["function"]
+    if number is None:  # a server that sends whole calls may leave it out
+        number = len(calls)
     if number == len(calls):
         empty = {"name": "", "arguments": ""}
         calls.append({"id": str(piece.get("id") or number), "type": "function", "function": empty})

@@ -84,19 +84,20 @@ def running(
     # The caller may have found this package by its own search path, which a new process does not inherit.
     path = os.pathsep.join([str(Path(__file__).parents[3]), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": path}
-    server = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
-    try:
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as server:
         limit = threading.Timer(seconds, server.kill)  # it imports its libraries first: seconds on a loaded machine
         limit.start()
-        assert server.stdout is not None
-        line = server.stdout.readline()
-        limit.cancel()
-        if not (found := re.search(r"HF_ENDPOINT=(http://[\w.:]+)", line)):
-            raise AtomError(f"the local Hub did not start in {seconds:g} seconds; is starlette and uvicorn installed?")
-        yield found[1]
-    finally:
-        server.terminate()
-        server.wait(10)
+        try:
+            assert server.stdout is not None
+            if not (found := re.search(r"HF_ENDPOINT=(http://[\w.:]+)", server.stdout.readline())):
+                raise AtomError(
+                    f"the local Hub ended before it was up, or took {seconds:g} s; are starlette and uvicorn installed?"
+                )
+            limit.cancel()
+            yield found[1]
+        finally:
+            limit.cancel()
+            server.terminate()
 
 
 if __name__ == "__main__":

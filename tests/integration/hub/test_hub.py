@@ -218,7 +218,7 @@ def test_the_server_says_when_it_is_up_and_where(tmp_path: Path) -> None:
 
 def test_a_server_that_does_not_start_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "hub").write_text("no folder")
-    with pytest.raises(AtomError, match="did not start"), running(tmp_path / "hub"):
+    with pytest.raises(AtomError, match="ended before it was up"), running(tmp_path / "hub"):
         pass
 
 

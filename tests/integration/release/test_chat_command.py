@@ -325,9 +325,13 @@ def test_a_program_of_the_model_runs_in_the_sandbox_and_its_result_is_read(
     question = lessons[0].request["messages"][0]["content"]
     asked = ["chat", str(tmp_path / "model"), "--prompt", question]
     assert CliRunner().invoke(app, asked).stdout == "About 1000.\n", "no tool is offered unasked"
+    request = '{"name": "python", "arguments": {"code": "print(2**10)"}}'
     run = CliRunner().invoke(app, [*asked, "--python"])
     assert run.stdout == "I compute it.\n\nIt is 1024.\n"
-    assert 'calls {"name": "python", "arguments": {"code": "print(2**10)"}}\n1024\n' in run.stderr
+    assert f"calls {request}\natom: 1024\n" in run.stderr
+    told = json.loads(CliRunner().invoke(app, [*asked, "--python", "--json"]).stdout)
+    assert told["answer"] == "It is 1024." and told["tokens"] > 20
+    assert told["calls"] == [{"request": request, "tool": "python", "status": "ok", "result": "1024\n"}]
 
 
 @NEEDS_BUBBLEWRAP
@@ -342,6 +346,36 @@ def test_a_call_that_nothing_can_answer_has_its_error_as_the_result() -> None:
         "How much?", f"Let me see. {calls[0]}", last[2], calls[1], "error: there is no such tool; there are python",
     ]  # fmt: skip
     assert last[2].startswith("error: the call is not JSON")
+
+
+def test_ctrl_c_gives_up_a_program_and_the_last_turn_calls_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    call = '<tool_call>{"name": "python", "arguments": {"code": "print(1)"}}</tool_call>'
+    model = Scripted(["Look. " + call], *[[call]] * TOOLS.max_turns)
+    with contextlib.closing(Toolbox(TOOLS)) as toolbox:
+        file = io.StringIO()
+        console = Console(file=file, force_terminal=True, width=80, _environ={"TERM": "xterm"})
+        session = Session(console, model, ChatSampling(), toolbox)
+        with monkeypatch.context() as patch:
+            patch.setattr(toolbox, "answer", lambda requests: (_ for _ in ()).throw(KeyboardInterrupt))
+            reply = session.turn("one")
+        assert (reply.answer, reply.stopped, session.calls) == ("Look. ", "", [])
+        assert not session.turn("two").answer and len(session.calls) == TOOLS.max_turns - 1
+    assert f"it calls a tool again in turn {TOOLS.max_turns}, which is not answered" in file.getvalue()
+
+
+def test_a_result_has_no_marks_and_a_template_may_refuse_results(taught: InProcessChat) -> None:
+    end = taught.tokenizer.eos_token
+    turns = [{"role": "user", "content": "go"}, {"role": "assistant", "content": "x"}, {"role": "tool", "content": end}]
+    reply = Reply()
+    taught.respond(turns, ChatSampling(max_tokens=1), reply)
+    assert reply.tokens == 1
+    template = taught.tokenizer.chat_template
+    taught.tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
+    try:
+        with pytest.raises(AtomError, match="template refuses this conversation: roles must alternate"):
+            taught.respond(turns, ChatSampling(), Reply())
+    finally:
+        taught.tokenizer.chat_template = template
 
 
 @NEEDS_BUBBLEWRAP
