@@ -1,6 +1,6 @@
 """The figures of one release as a page and a drawing: did each phase do its work, and for what?
 
-    python bench/run_page.py runs/releases/atom-mini-0.1.0 docs/atom-mini.md
+    python bench/run_page.py runs/releases/atom-mini-0.2.0 docs/atom-mini.md
 
 Writes the tables below the line MARK of the page, whatever stands above it stays, and the three scaling axes into a
 PNG beside it. Everything is read from the files of the release, so anybody who has it gets the same page. Intervals are
@@ -13,12 +13,14 @@ import argparse
 import itertools
 import json
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow.parquet as pq
 
+from release import schema
 from release.cards import tables
 from release.cards.plots import COLORS, png
 from release.facts import run_facts, training
@@ -83,6 +85,14 @@ def change_of_reward(before: dict[str, float], after: dict[str, float]) -> dict[
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(tables.table(head, rows))
+
+
+def of_card(card: str, title: str, beginning: str = "", new_title: str = "") -> str:
+    """The tables and sentences of the model's card under a heading; `beginning`: those from this sentence on."""
+    section = re.split(r"^#+ ", card.partition(f"# {title}\n")[2], maxsplit=1, flags=re.M)[0]
+    text = re.sub(r"\n?</?details>\n|<summary>.*</summary>\n", "", section)
+    text = beginning + text.partition(beginning)[2] if beginning else text
+    return f"## {new_title or title}\n\n{text.strip()}" if text.strip() and beginning in section else ""
 
 
 def cells(change: dict[str, float], better: int) -> list[str]:
@@ -229,13 +239,11 @@ def _inference(axis: Axes, evaluation: Path) -> None:
     scores = {path.parent.name: json.loads(path.read_text()) for path in evaluation.glob("*/scores.json")}
     for color, name in zip(COLORS * 2, sorted(scores, key=when), strict=False):
         at = scores[name]["problems_all"]["at"]
-        for metric, style in (("pass", "-"), ("maj", "--")):
-            points = [(at[k]["tokens"], at[k][metric]["value"], Z95 * at[k][metric]["se"]) for k in sorted(at, key=int)]
-            x, y, half = zip(*points, strict=True)
-            axis.errorbar(
-                x, y, half, color=color, linestyle=style, marker="o", markersize=2, linewidth=1, elinewidth=0.6,
-                label=f"{name}, {metric}@k",
-            )  # fmt: skip
+        points = [(at[k]["tokens"], at[k]["pass"]["value"], Z95 * at[k]["pass"]["se"]) for k in sorted(at, key=int)]
+        x, y, half = zip(*points, strict=True)
+        axis.errorbar(
+            x, y, half, color=color, marker="o", markersize=2, linewidth=1, elinewidth=0.6, label=f"{name}, pass@k"
+        )
     axis.set_xscale("log")
     _label(axis, "More answers", "tokens generated for a problem", "share of problems right")
 
@@ -259,7 +267,14 @@ def main() -> None:
         f"{device or 'a device without a name'}.\nAll figures are of this one run."
     )
     axes = f"## Three axes\n\n![Held-out loss, validation accuracy and pass@k against tokens]({drawing.name})"
-    parts = [head, MARK, about, loss_tables(losses), reward_tables(evaluation), axes, preference_table(evaluation)]
+    card = (release / "model" / schema.CARD).read_text()
+    parts = [
+        head, MARK, about, of_card(card, "Read this first"),
+        of_card(card, "Every figure", "Bits per byte beside those", "Beside simple models"),
+        loss_tables(losses), reward_tables(evaluation), of_card(card, "Learning or sharpening"),
+        of_card(card, "Items of held-out text"), of_card(card, "Gain from context"), axes,
+        preference_table(evaluation),
+    ]  # fmt: skip
     page.write_text("\n\n".join(filter(None, [*parts, cost_table(release)])) + "\n")
 
 

@@ -54,7 +54,8 @@ def sharpening(scores: Mapping[str, AnswerScores]) -> list[str]:
     measured: dict[tuple[str, str], dict[str, Proportion]] = {}
     for name, model_scores in scores.items():
         for kind, part in {**model_scores["problems"], "all problems": model_scores["problems_all"]}.items():
-            for k, several in part.get("at_subset", {}).items() if part else ():
+            subset = part.get("at_subset", {}) if part else {}
+            for k, several in sorted(subset.items(), key=lambda row: int(row[0])):  # JSON sorts 16 before 2
                 measured.setdefault((kind, k), {})[name] = _with_bounds(several["pass"])
     names = list(next(iter(measured.values()), ()))
     body = []

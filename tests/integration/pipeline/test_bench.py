@@ -145,6 +145,8 @@ def test_the_page_of_a_release_has_the_figures_of_its_files(built: Path, tmp_pat
     }
     before, after = (scores[name]["bits_per_byte_all"]["value"] for name in scores)
     assert f"| base | {before:.4f} | {after:.4f} | {after - before:+.4f} (" in text
+    assert "## Read this first\n" in text and "## Beside simple models\n\nBits per byte beside those of base" in text
+    assert "<details>" not in text
     subprocess.run([sys.executable, ROOT / "bench/run_page.py", built, page], check=True)
     assert page.read_text() == text and page.with_suffix(".png").read_bytes() == once
 
