@@ -14,6 +14,7 @@ import itertools
 import json
 import math
 import re
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -92,7 +93,15 @@ def of_card(card: str, title: str, beginning: str = "", new_title: str = "") -> 
     section = re.split(r"^#+ ", card.partition(f"# {title}\n")[2], maxsplit=1, flags=re.M)[0]
     text = re.sub(r"\n?</?details>\n|<summary>.*</summary>\n", "", section)
     text = beginning + text.partition(beginning)[2] if beginning else text
-    return f"## {new_title or title}\n\n{text.strip()}" if text.strip() and beginning in section else ""
+    if not text.strip() or beginning not in section:
+        return ""
+    lines = [line if line.startswith("|") else _wrapped(line) for line in text.strip().splitlines()]
+    return "\n".join([f"## {new_title or title}\n", *lines])
+
+
+def _wrapped(line: str) -> str:
+    indent = "  " if line.startswith("- ") else ""
+    return textwrap.fill(line, 100, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
 
 
 def cells(change: dict[str, float], better: int) -> list[str]:
