@@ -145,7 +145,9 @@ def test_the_page_of_a_release_has_the_figures_of_its_files(built: Path, tmp_pat
     }
     before, after = (scores[name]["bits_per_byte_all"]["value"] for name in scores)
     assert f"| base | {before:.4f} | {after:.4f} | {after - before:+.4f} (" in text
-    assert "## Read this first\n" in text and "## Beside simple models\n\nBits per byte beside those of base" in text
+    card = (built / "model/README.md").read_text()
+    assert ("\n## Read this first\n" in text) == ("\n## Read this first\n" in card)
+    assert ("\n## Items of held-out text\n" in text) == ("\n### Items of held-out text\n" in card)
     assert "<details>" not in text
     subprocess.run([sys.executable, ROOT / "bench/run_page.py", built, page], check=True)
     assert page.read_text() == text and page.with_suffix(".png").read_bytes() == once
