@@ -25,9 +25,9 @@ LATEST_TESTS  := tests/integration/models/test_fake_quantization.py tests/integr
 .PHONY: help demo check test tests test-latest test-processors test-vllm test-runtimes test-nemo test-te test-gpu gpu-wheels slurm-up slurm-down soak system lint lock docs site clean
 
 help:
-	@echo "make demo    run, build, publish to a local Hub, pull back and verify the tiny release (about 12 minutes with installation)"
+	@echo "make demo    run, build, publish to a local Hub, pull back and verify the tiny release (about 15 minutes with installation)"
 	@echo "make check   linters, types and unit tests (under a minute on two cores)"
-	@echo "make test    linters, types, the documentation site and all tests (about 25 minutes on two cores); make tests: the tests alone"
+	@echo "make test    linters, types, the documentation site and all tests (about 20 minutes on two cores); make tests: the tests alone"
 	@echo "make test-latest   the training, checkpoint and export tests with the newest Megatron-core on $(PYTHON_LATEST) (some GB of download)"
 	@echo "make test-processors   the numeric tests as other processors compute, with a third of their tolerances (an hour)"
 	@echo "make test-vllm     vLLM on CPU against transformers, as the sampler of RL, and as a generator of texts (3 GB of download)"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from rich.console import Console
 from rich.live import Live
@@ -49,7 +50,8 @@ class Session:
     def __init__(
         self, console: Console, model: ChatModel, sampling: ChatSampling, toolbox: Toolbox | None = None
     ) -> None:
-        self.console, self.model, self.sampling, self.toolbox = console, model, sampling, toolbox
+        self.console, self.model, self.toolbox = console, model, toolbox
+        self.sampling = replace(sampling, tools=toolbox.tools.schemas(TASK)) if toolbox else sampling
         self.messages: list[Message] = []
         self.last = Reply()
         self.calls: list[ToolCall] = []
@@ -126,11 +128,10 @@ class Session:
         return self.last
 
     def _draw(self, turns: Sequence[Message]) -> None:
-        functions = [] if self.toolbox is None else self.toolbox.tools.schemas(TASK)
-        self.last, self._printed = Reply(self._show, with_tools=bool(functions)), 0
+        self.last, self._printed = Reply(self._show, with_tools=self.toolbox is not None), 0
         self._live = Live(console=self.console, transient=True, auto_refresh=False)
         try:
-            self.model.respond([*self.messages, *turns], self.sampling, self.last, functions)
+            self.model.respond([*self.messages, *turns], self.sampling, self.last)
             # What could have been the beginning of a mark is shown now.
             self._show(self.last)
         except KeyboardInterrupt:

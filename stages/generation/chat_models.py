@@ -37,11 +37,13 @@ class ChatSampling:
         temperature: Temperature of sampling; 0 takes the likeliest token each time.
         max_tokens: Maximum number of tokens of the answer, its thinking included; None for as many as fit.
         seed: Seed of the answer.
+        tools: The JSON schemas of the functions that may be called; None for none.
     """
 
     temperature: float = 0.0
     max_tokens: int | None = None
     seed: int = 0
+    tools: Sequence[Mapping[str, Any]] | None = None
 
 
 @dataclass
@@ -127,24 +129,8 @@ class ChatModel(Protocol):
 
     description: str
 
-    def respond(
-        self,
-        messages: Sequence[Message],
-        sampling: ChatSampling,
-        reply: Reply,
-        functions: Sequence[Mapping[str, Any]] = (),
-    ) -> None:
-        """Fills `reply` with the answer to a conversation.
-
-        Args:
-            messages: The conversation.
-            sampling: The settings of the drawing.
-            reply: What is filled.
-            functions: The JSON schemas of the functions that may be called.
-
-        Raises:
-            AtomError: It cannot be answered.
-        """
+    def respond(self, messages: Sequence[Message], sampling: ChatSampling, reply: Reply) -> None:
+        """Fills `reply` with the answer to a conversation. Raises AtomError if it cannot be answered."""
 
 
 class InProcessChat:
@@ -176,13 +162,7 @@ class InProcessChat:
         self.stops = stops if isinstance(stops, list) else [stops]
         self.description = f"{model.num_parameters():,} parameters, a context of {self.context:,} tokens"
 
-    def respond(
-        self,
-        messages: Sequence[Message],
-        sampling: ChatSampling,
-        reply: Reply,
-        functions: Sequence[Mapping[str, Any]] = (),
-    ) -> None:
+    def respond(self, messages: Sequence[Message], sampling: ChatSampling, reply: Reply) -> None:
         import torch
         from jinja2 import TemplateError
         from tokenizers.decoders import DecodeStream
@@ -193,7 +173,7 @@ class InProcessChat:
         try:
             prompt = self.tokenizer.apply_chat_template(
                 [self._plain(message) for message in messages],
-                tools=list(functions) or None,
+                tools=sampling.tools,
                 add_generation_prompt=True,
                 return_dict=True,
             )
@@ -249,17 +229,10 @@ class ServedChat:
             raise AtomError(f"give --model, one of those of {self.url}: {printable(', '.join(models))}")
         self.model, self.description = chosen[0], printable(chosen[0])
 
-    def respond(
-        self,
-        messages: Sequence[Message],
-        sampling: ChatSampling,
-        reply: Reply,
-        functions: Sequence[Mapping[str, Any]] = (),
-    ) -> None:
+    def respond(self, messages: Sequence[Message], sampling: ChatSampling, reply: Reply) -> None:
         # A server has its own default for what is left out.
         body = {name: value for name, value in asdict(sampling).items() if value is not None}
         body |= {"model": self.model, "messages": messages, "stream": True, "stream_options": {"include_usage": True}}
-        body |= {"tools": list(functions)} if functions else {}
         stopped, is_thinking = "", False
         for line in self._lines("/chat/completions", body):
             data = line.removeprefix(b"data:").strip()
@@ -277,7 +250,7 @@ class ServedChat:
                     if content := delta.get("content"):
                         reply.add(THINK_END + content if is_thinking else content)
                         is_thinking = False
-                    for piece in (delta.get("tool_calls") or ()) if functions else ():
+                    for piece in (delta.get("tool_calls") or ()) if sampling.tools else ():
                         _add_call(reply.parsed_calls, piece)
                     stopped = str(choice.get("finish_reason") or stopped)
                 reply.tokens = int((event.get("usage") or {}).get("completion_tokens", reply.tokens))

@@ -89,12 +89,12 @@ def running(
         limit.start()
         try:
             assert server.stdout is not None
-            if not (found := re.search(r"HF_ENDPOINT=(http://[\w.:]+)", server.stdout.readline())):
+            if not (address := re.search(r"HF_ENDPOINT=(http://[\w.:]+)", server.stdout.readline())):
                 raise AtomError(
                     f"the local Hub ended before it was up, or took {seconds:g} s; are starlette and uvicorn installed?"
                 )
             limit.cancel()
-            yield found[1]
+            yield address[1]
         finally:
             limit.cancel()
             server.terminate()

@@ -207,9 +207,9 @@ def test_the_server_says_when_it_is_up_and_where(tmp_path: Path) -> None:
         limit.start()
         line = server.stdout.readline()
         try:
-            found = re.search(r"set HF_ENDPOINT=(http://127.0.0.1:\d+), and HF_TOKEN=hf_local", line)
-            assert found, line
-            with urllib.request.urlopen(f"{found[1]}/health") as answer:
+            address = re.search(r"set HF_ENDPOINT=(http://127.0.0.1:\d+), and HF_TOKEN=hf_local", line)
+            assert address, line
+            with urllib.request.urlopen(f"{address[1]}/health") as answer:
                 assert answer.status == 200
         finally:
             limit.cancel()

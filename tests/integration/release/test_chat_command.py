@@ -228,7 +228,7 @@ class Scripted:
     def __init__(self, *answers: list[Any]) -> None:
         self.answers, self.asked = list(answers), []
 
-    def respond(self, messages: Any, sampling: ChatSampling, reply: Reply, functions: Any = ()) -> None:
+    def respond(self, messages: Any, sampling: ChatSampling, reply: Reply) -> None:
         self.asked.append([message["content"] for message in messages])
         for piece in self.answers.pop(0):
             if isinstance(piece, BaseException):
@@ -317,21 +317,19 @@ def test_an_error_and_an_unknown_command_leave_the_session_usable() -> None:
 
 
 @NEEDS_BUBBLEWRAP
-def test_a_program_of_the_model_runs_in_the_sandbox_and_its_result_is_read(
-    tmp_path: Path, working_sandbox: None
-) -> None:
+def test_a_program_of_the_model_runs_in_the_sandbox_and_its_result_is_read(tmp_path: Path) -> None:
     lessons = taught_fixtures.python_lessons(TOOLS.schemas(TASK))
     taught_fixtures.save(tmp_path / "model", lessons=(), more=lessons)
     question = lessons[0].request["messages"][0]["content"]
-    asked = ["chat", str(tmp_path / "model"), "--prompt", question]
-    assert CliRunner().invoke(app, asked).stdout == "About 1000.\n", "no tool is offered unasked"
+    command = ["chat", str(tmp_path / "model"), "--prompt", question]
+    assert CliRunner().invoke(app, command).stdout == "About 1000.\n", "no tool is offered unasked"
     request = '{"name": "python", "arguments": {"code": "print(2**10)"}}'
-    run = CliRunner().invoke(app, [*asked, "--python"])
+    run = CliRunner().invoke(app, [*command, "--python"])
     assert run.stdout == "I compute it.\n\nIt is 1024.\n"
     assert f"calls {request}\natom: 1024\n" in run.stderr
-    told = json.loads(CliRunner().invoke(app, [*asked, "--python", "--json"]).stdout)
-    assert told["answer"] == "It is 1024." and told["tokens"] > 20
-    assert told["calls"] == [{"request": request, "tool": "python", "status": "ok", "result": "1024\n"}]
+    document = json.loads(CliRunner().invoke(app, [*command, "--python", "--json"]).stdout)
+    assert document["answer"] == "It is 1024." and document["tokens"] > 20
+    assert document["calls"] == [{"request": request, "tool": "python", "status": "ok", "result": "1024\n"}]
 
 
 @NEEDS_BUBBLEWRAP
@@ -348,6 +346,7 @@ def test_a_call_that_nothing_can_answer_has_its_error_as_the_result() -> None:
     assert last[2].startswith("error: the call is not JSON")
 
 
+@NEEDS_BUBBLEWRAP
 def test_ctrl_c_gives_up_a_program_and_the_last_turn_calls_none(monkeypatch: pytest.MonkeyPatch) -> None:
     call = '<tool_call>{"name": "python", "arguments": {"code": "print(1)"}}</tool_call>'
     model = Scripted(["Look. " + call], *[[call]] * TOOLS.max_turns)
@@ -379,9 +378,7 @@ def test_a_result_has_no_marks_and_a_template_may_refuse_results(taught: InProce
 
 
 @NEEDS_BUBBLEWRAP
-def test_a_server_that_parses_calls_gets_them_back_with_results(
-    server: tuple[str, type[Handler]], working_sandbox: None
-) -> None:
+def test_a_server_that_parses_calls_gets_them_back_with_results(server: tuple[str, type[Handler]]) -> None:
     url, kind = server
 
     def piece(arguments: str, **first: Any) -> str:
