@@ -11,9 +11,9 @@ from pipeline.core.bounds import spdx
 from pipeline.core.stage import identity
 from pipeline.core.store import sha256_bytes
 from stages.data.acquire import acquire_stage
+from stages.data.acquire.licenses.addresses import expression_of
 from stages.data.acquire.licenses.expressions import AllowedLicenses, LicenseMap, MapName, load_map
 from stages.data.acquire.readers.row_files import Jsonl, field_at
-from stages.data.acquire.web.claims import expression_of
 from stages.data.curate.filter_stage import FilteredSource
 from stages.data.curate.source_filter import Removed, SourceFilter
 from stages.data.recipe import SourceConfig, load

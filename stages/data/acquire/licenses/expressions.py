@@ -20,14 +20,11 @@ from pydantic import Field
 
 from pipeline.core.bounds import License, spdx
 from pipeline.core.yaml_text import parse_yaml
+from stages.data.acquire.licenses import free_text
 
 # {keyword of an exception: its SPDX identifier}. An exception only adds permissions, so a license with one that has
 # no identifier is stated without it.
 EXCEPTIONS = {"font": "Font-exception-2.0"}
-# Other spellings of `+`.
-OR_LATER = re.compile(
-    r"\+?[ -]or[ -](?:\(at your option\) )?(?:any[ -])?(?:later|newer)(?:[ -]versions?)?\b", re.IGNORECASE
-)
 MapName = Literal["common-pile", "the-stack", "tulu-3", "dep5", "pep639"]
 # The license of a web page that states none.
 UNKNOWN_WEB = "LicenseRef-unknown-web"
@@ -57,7 +54,7 @@ def dep5_expression(text: str, names: Mapping[str, str]) -> str | None:
 
     `names` maps normalized short names to SPDX expressions.
     """
-    text = OR_LATER.sub("+", " ".join(text.split()))
+    text = free_text.OR_LATER.sub("+", " ".join(text.split()))
     text = re.sub(r" and/or ", " or ", text, flags=re.IGNORECASE)
     # A comma before the conjunction groups what stands before it (DEP-5).
     parts = re.split(r",\s+(and|or)\s+", text, flags=re.IGNORECASE)
@@ -117,15 +114,14 @@ class LicenseMap:
 
     Attributes:
         licenses: {string: SPDX expression}.
-        syntax: Other strings that are understood: `spdx`, an expression; `dep5`, a license field of debian/copyright.
-        separator: Stands between licenses of one string that all apply.
+        syntax: Other strings that are understood: `text`, an expression or what free_text.py reads; `spdx`, an expression;
+            `dep5`, a license field of debian/copyright.
         several: True if several licenses of a list all apply; otherwise they have no expression.
         ignored: Strings that state no license.
     """
 
     licenses: Mapping[str, str]
-    syntax: Literal["spdx", "dep5"] = "spdx"
-    separator: str | None = None
+    syntax: Literal["text", "spdx", "dep5"] = "spdx"
     several: bool = True
     ignored: tuple[str, ...] = ()
     _known: dict[str, str | None] = field(default_factory=dict, repr=False, compare=False)
@@ -143,11 +139,11 @@ class LicenseMap:
         # Some sources list alternatives and some what applies together; without a word on it, none is taken.
         if len(expressions) > 1 and not self.several:
             return None
-        return _all_of(expressions)
+        return free_text.all_of(expressions)
 
     def extended(self, licenses: Mapping[str, str]) -> LicenseMap:
         """Returns the map with the strings of a recipe, which come first."""
-        return LicenseMap({**self.licenses, **licenses}, self.syntax, self.separator, self.several, self.ignored)
+        return LicenseMap({**self.licenses, **licenses}, self.syntax, self.several, self.ignored)
 
     def _expression_of(self, text: str) -> str | None:
         """Returns the expression of one string. The strings of a corpus are few, so they are remembered."""
@@ -162,10 +158,9 @@ class LicenseMap:
         stripped = text.strip()
         if stripped.casefold() in self._names:
             return spdx(self._names[stripped.casefold()])
-        # The whole string goes before its parts: some names hold the separator.
-        if self.separator and self.separator in stripped:
-            return _all_of({self._parse(part) for part in stripped.split(self.separator)})
         try:
+            if self.syntax == "text":
+                return free_text.expression_of(stripped)
             if self.syntax == "dep5":
                 expression = dep5_expression(stripped, self._normalized_names)
                 return None if expression is None else spdx(expression)
@@ -180,16 +175,6 @@ class LicenseMap:
     @cached_property
     def _normalized_names(self) -> dict[str, str]:
         return {normalized_name(name): license for name, license in self.licenses.items()}
-
-
-def _all_of(expressions: set[str | None]) -> str | None:
-    """Returns the expression of licenses that all apply; None if one of them is None."""
-    known = [expression for expression in expressions if expression is not None]
-    if len(known) < len(expressions):
-        return None
-    if len(known) == 1:
-        return known[0]
-    return spdx(" AND ".join(f"({license})" if " " in license else license for license in sorted(known, key=str.lower)))
 
 
 @cache

@@ -150,7 +150,7 @@ class RowReader(FileReader):
         """
         from stages.formats.chat import turns
 
-        licenses = load_map(self.license_map) if self.license_map else LicenseMap({})
+        licenses = load_map(self.license_map) if self.license_map else LicenseMap({}, "text")
         licenses = licenses.extended(self.license_strings)
         for row in self.rows(files):
             if isinstance(row, Failed):

@@ -16,23 +16,8 @@ from functools import cache
 from typing import Any
 from urllib.parse import urljoin, urlsplit
 
-from pipeline.core.bounds import spdx
+from stages.data.acquire.licenses.addresses import expression_of
 
-_KIND_NAMES = "by by-sa by-nd by-nc by-nc-sa by-nc-nd by-nd-nc sa nd nc nc-sa nd-nc"
-_KINDS = frozenset(_KIND_NAMES.split())
-_CREATIVE_COMMONS = re.compile(
-    r"/licenses/([a-z-]+)/(1\.0|2\.0|2\.1|2\.5|3\.0|4\.0)(?:/([a-z]{2}|igo|scotland))?(?:/|$)"
-)
-_PUBLIC_DOMAIN = {"/publicdomain/zero/1.0": "CC0-1.0", "/publicdomain/mark/1.0": "CC-PDM-1.0"}
-_DEDICATION = "/licenses/publicdomain"
-# {address of the text of a license, without scheme, www., ending and last slash: its expression}. The addresses of
-# the GFDL without a version lead to its newest one.
-_LICENSE_TEXTS = {
-    "gnu.org/licenses/fdl-1.3": "GFDL-1.3-only",
-    "gnu.org/licenses/fdl": "LicenseRef-GFDL",
-    "gnu.org/copyleft/fdl": "LicenseRef-GFDL",
-    "nationalarchives.gov.uk/doc/open-government-licence/version/3": "OGL-UK-3.0",
-}
 _TEXT_TYPES = """
 AboutPage Article BlogPosting Book Chapter CollectionPage Course CreativeWork FAQPage HowTo ItemPage LearningResource
 NewsArticle OpinionNewsArticle QAPage Recipe Report ReportageNewsArticle ScholarlyArticle TechArticle WebPage WebSite
@@ -74,40 +59,6 @@ LONGEST_STATEMENT = 1000
 _LAYOUT = frozenset(("has", "no", "with", "without", "open", "closed", "enabled", "disabled"))
 # Elements within a line of text, which are no blocks.
 _INLINE = frozenset(("a", "abbr", "b", "bdi", "cite", "em", "font", "i", "small", "span", "strong", "u"))
-
-
-def expression_of(address: str) -> str | None:
-    """Returns the SPDX expression of the license whose text or summary has this address; None if it is unknown.
-
-    A license of Creative Commons that was adapted to a country and is not in SPDX is a LicenseRef of its own.
-    """
-    try:
-        parts = urlsplit(address.strip())
-    except ValueError:
-        return None
-    host, path = (parts.hostname or "").removeprefix("www."), parts.path.rstrip("/")
-    if host == "creativecommons.org":
-        return _creative_commons(path.lower())
-    return _LICENSE_TEXTS.get(re.sub(r"\.(html|txt|en\.html)$", "", f"{host}{path}".lower()))
-
-
-def _creative_commons(path: str) -> str | None:
-    if match := _CREATIVE_COMMONS.match(path):
-        kind, version, country = match.groups()
-        if kind not in _KINDS:
-            return None
-        # Version 1.0 has the parts in another order than SPDX and the later versions.
-        kind = kind.upper().replace("ND-NC", "NC-ND")
-        name = f"CC-{kind}-{version}"
-        if country:
-            name += f"-{country.upper()}"
-        try:
-            return spdx(name)
-        except ValueError:
-            return f"LicenseRef-{name}"
-    if path.startswith(_DEDICATION):
-        return "CC-PDDC"
-    return next((license for start, license in _PUBLIC_DOMAIN.items() if f"{path}/".startswith(f"{start}/")), None)
 
 
 @dataclass(frozen=True)
