@@ -25,6 +25,7 @@ BASES = {
     "file": "in a file of its package",
     "page": "on its page",
     "parent": "of the document that it was made from",
+    "notice": "in a notice in its text",
     "none": "none was found",
 }
 """{basis of a license: where it was found}"""

@@ -33,6 +33,7 @@ from stages.data.acquire.readers.base import (
     Failures,
     FileReader,
     Files,
+    LeftOut,
     LicenseFound,
     LicenseTally,
     Read,
@@ -63,7 +64,7 @@ from stages.formats.table import (
     write_json,
 )
 
-VERSION = 6
+VERSION = 7
 # If more of a part's documents are skipped as unreadable, and more than ten, its reader or its settings are wrong.
 MOST_SKIPPED_SHARE = 0.5
 # The names of skipped documents in source.json.
@@ -125,6 +126,8 @@ def join(config: AcquireConfig, parts: Sequence[Part], files: int, work: Path, o
     documents = counts["documents"]
     counts |= {"documents": documents + failures.count + refusals.total(), "documents_failed": failures.count}
     counts |= {COUNTS[kind]: count for kind, count in sorted(refusals.items())}
+    if left_out := sum(part.facts["left_out"] for part in parts):
+        counts["rows_left_out"] = left_out
     declaration = source.model_dump(include={"name", "kind", "license", "license_evidence", "origin", "tree_digest"})
     if source.document_license is not None:
         declaration["document_license"] = source.document_license
@@ -166,6 +169,7 @@ def read_part(config: AcquireConfig, number: int, files: Files, folder: Path) ->
     skipped = Failures(subject, problem, MOST_SKIPPED_SHARE, SKIPPED_NAMES)
     licenses, refused, size = LicenseTally(), Counter[str](), 0
     features = Counter(dict.fromkeys(chat.FEATURES, 0)) if source.reader.conversations else None
+    left_out = Counter[str]()
     with (
         row_writer(folder / "documents" / part_file(number), DOCUMENTS) as write,
         row_writer(folder / "failed" / part_file(number), FAILED) as write_failed,
@@ -176,7 +180,7 @@ def read_part(config: AcquireConfig, number: int, files: Files, folder: Path) ->
         for notice in source.reader.notices(files):
             digest, row = content_hash(notice.text), asdict(notice)
             write_notice({"sha256": digest, "source": source.name, **row})
-        for document in _documents(config, files):
+        for document in _documents(config, files, left_out):
             if isinstance(document, Unreadable):
                 skipped.add(document.name)
                 continue
@@ -198,7 +202,7 @@ def read_part(config: AcquireConfig, number: int, files: Files, folder: Path) ->
                 write_failed(refused_row(source.name, id, document))
             else:
                 license, stated_in = _license(source, document)
-                licenses.add(license, stated_in, len(document.text.encode()))
+                licenses.add(license, stated_in, len(document.text.encode()), document.stated)
                 size += len(document.text.encode())
                 if features is not None:
                     features.update(chat.features(document.text))
@@ -218,6 +222,7 @@ def read_part(config: AcquireConfig, number: int, files: Files, folder: Path) ->
         "skipped": skipped.facts(),
         "failures": failures.facts(),
         "refused": refused,
+        "left_out": left_out.total(),
         "licenses": licenses.part_facts(),
     }
 
@@ -257,10 +262,12 @@ def _writer(is_stated: bool, path: Path, columns: Mapping[str, str]) -> Iterator
         yield lambda row: None
 
 
-def _documents(config: AcquireConfig, files: Files) -> Iterator[Read]:
-    """Yields the documents of the reader; one whose text has no UTF-8 form has failed."""
+def _documents(config: AcquireConfig, files: Files, left_out: Counter[str]) -> Iterator[Document | Unreadable | Failed | Unmapped | Refused]:
+    """Yields the documents of the reader; one whose text has no UTF-8 form has failed. `left_out` counts other rows."""
     for document in config.source.reader.documents(config.source.name, config.seed, files):
-        if isinstance(document, Document | Unmapped) and not is_unicode(document.text):
+        if isinstance(document, LeftOut):
+            left_out["rows"] += 1
+        elif isinstance(document, Document | Unmapped) and not is_unicode(document.text):
             yield Failed(document.name, "its text holds a lone surrogate, which is not Unicode")
         else:
             yield document
@@ -293,7 +300,7 @@ class _Selection:
         import numpy as np
 
         # The first pass reads the ids alone, to find the limit-th smallest hash.
-        readable = (each for each in _documents(self.config, self.files) if not isinstance(each, Unreadable))
+        readable = (each for each in _documents(self.config, self.files, Counter()) if not isinstance(each, Unreadable))
         ids = (f"{self.config.source.name}/{document.name}" for document in readable)
         hashes = np.frombuffer(array("Q", map(self._hash, ids)), np.uint64)
         return 2**64 if hashes.size <= limit else int(np.partition(hashes, limit - 1)[limit - 1])

@@ -31,7 +31,7 @@ PUBLIC_DOMAIN = "LicenseRef-Public-Domain"
 # More exact statements than PUBLIC_DOMAIN.
 DEDICATIONS = ("CC0-1.0", "CC-PDM-1.0", "CC-PDDC", "PDDL-1.0", "Unlicense", "LicenseRef-Public-Domain-US")
 # Matches identifiers of licenses that forbid commercial use or derived works.
-RESTRICTED = re.compile(r"-N[CD](-|$)")
+RESTRICTED = re.compile(r"-N[CD]\b")
 _LINK = re.compile(r"<[^<>]*?\bhref\s*=\s*[\"']?([^\"'\s<>]+)[^<>]*>", re.IGNORECASE)
 _TAG = re.compile(r"</?[a-z!][^<>]*>", re.IGNORECASE)
 _WORD = re.compile(
@@ -171,7 +171,11 @@ def expression_of(text: str) -> str | None:
     """
     if len(text) > LONGEST:
         return None
-    expression = current_spdx(text) or _Statement(words(text)).expression()
+    expression = current_spdx(text)
+    # Operators of SPDX have upper case; with others the words are no expression of somebody who knows SPDX.
+    if expression and " OR " in expression and " OR " not in text and RESTRICTED.search(expression):
+        return None
+    expression = expression or _Statement(words(text)).expression()
     parts = [part for part in re.split(r"[,;|]", text) if part.strip()]
     if expression is None and len(parts) > 1:
         expressions = [current_spdx(part) or _Statement(words(part)).expression() for part in parts]

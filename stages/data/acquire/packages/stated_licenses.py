@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 from pipeline.core.bounds import spdx
 from stages.data.acquire.licenses.expressions import LicenseMap
+from stages.data.acquire.licenses.notices import EXPAT
 
 FORMAT_FIELDS = ("format", "format-specification")
 # Files that debhelper installs from the folder debian/ of a source package.
@@ -29,15 +30,6 @@ WILDCARD = re.compile(r"(?<!\\)[*?]")
 INSTALLED_DOCUMENTS = re.compile(r"usr/share/(?:doc|gtk-doc|help|info|man)/")
 # Of a source package: a pattern, and its end in such a folder.
 DOCUMENT_FOLDERS = re.compile(r"(?:.*/)?(?:docs?|documentation|man|manual)/(.*)", re.IGNORECASE)
-# The beginning of the text that SPDX calls MIT.
-EXPAT = re.compile(
-    r"permission is hereby granted, free of charge, to any person obtaining a copy of this software and associated "
-    r"documentation files \(the \W*software\W*\), to deal in the software without restriction, including without "
-    r"limitation the rights to use, copy, modify, merge, publish, distribute, sublicense, and/or sell copies of the "
-    r"software, and to permit persons to whom the software is furnished to do so, subject to the following conditions: "
-    r"the above copyright notice and this permission notice shall be included in all copies or substantial portions of "
-    r"the software\. the software is provided \W*as is"
-)
 # Characters of a license field in which that text is sought.
 EXPAT_WITHIN = 20_000
 # Of a file; libboost1.88-doc has 4,800. A file of more gives no license.

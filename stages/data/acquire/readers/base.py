@@ -13,14 +13,15 @@ import os
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pipeline.core.bounds import LongLine, Range
 from pipeline.core.errors import AtomError, RecipeError
 from pipeline.core.stage import Config, Report, operational
 from stages.data.acquire.licenses.expressions import UNKNOWN_WEB, UNMAPPED
+from stages.data.acquire.licenses.notices import Notice as LicenseNotice
 from stages.formats.file_digests import file_digests
 from stages.formats.table import FailedRow
 
@@ -56,8 +57,8 @@ Drawn = Annotated[int, Range(1, 1e8, "they are drawn in memory")]
 Files = Sequence[tuple[str, Path]]
 
 # How the license of a document was found: in a field of its row, in a file beside it, on its page, with the document
-# that it was made from, or not at all. Empty: it is the declaration of the source.
-LicenseFound = Literal["field", "file", "page", "parent", "none", ""]
+# that it was made from, in a notice in its text, or not at all. Empty: it is the declaration of the source.
+LicenseFound = Literal["field", "file", "page", "parent", "notice", "none", ""]
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +76,7 @@ class Document:
         derived_from: Ids or URLs of the documents that it was made from, for a reader that `states_parents`.
         title: As stated, for a reader that `states_credits`.
         author: As stated, for a reader that `states_credits`.
+        stated: The license in the words of the place where it was found; empty if it is the declaration of the source.
     """
 
     name: str
@@ -87,6 +89,7 @@ class Document:
     derived_from: tuple[str, ...] = ()
     title: str = ""
     author: str = ""
+    stated: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +155,11 @@ class Refused:
 
 
 @dataclass(frozen=True, slots=True)
+class LeftOut:
+    """A row that the settings of its reader leave out, which is counted and is no document of the source."""
+
+
+@dataclass(frozen=True, slots=True)
 class Notice:
     """The text of a license or a notice in a file of a package.
 
@@ -175,7 +183,16 @@ REFUSED_RULES = {
     "generation": "generation/unusable",
 }
 # What a reader yields.
-Read = Document | Unreadable | Failed | Unmapped | Refused
+Read = Document | Unreadable | Failed | Unmapped | Refused | LeftOut
+
+
+def under_notice(document: Document, notice: LicenseNotice | None) -> Document | Unmapped:
+    """Returns a document under the license of a notice in its own text, which goes before any other."""
+    if notice is None:
+        return document
+    if notice.license is None:
+        return Unmapped(document.name, document.text, notice.stated, "notice")
+    return replace(document, license=notice.license, license_found="notice", stated=notice.stated)
 
 
 def is_unicode(text: str) -> bool:
@@ -431,20 +448,22 @@ class LicenseTally:
         self.documents = Counter[tuple[str, str]]()
         self.bytes = Counter[tuple[str, str]]()
         self.unmapped = Counter[str]()
+        self.strings = Counter[tuple[str, str]]()
 
-    def add(self, license: str, basis: str, size: int) -> None:
+    def add(self, license: str, basis: str, size: int, stated: str = "") -> None:
         self.documents[license, basis] += 1
         self.bytes[license, basis] += size
+        # An expression is its own evidence.
+        if stated and stated != license:
+            _count(self.strings, (_shortened(stated), license))
 
     def add_unmapped(self, document: Unmapped) -> None:
         self.add(UNMAPPED, document.license_found if document.license else "none", len(document.text.encode()))
-        string = " ".join(document.license.split())[:200]
-        # A free text as a license could differ in every document; memory must not grow with them.
-        if string in self.unmapped or len(self.unmapped) < MOST_STRINGS:
-            self.unmapped[string] += 1
+        _count(self.unmapped, _shortened(document.license))
 
     def facts(self) -> dict[str, Any]:
-        """Returns the counts as JSON: `licenses`, and `licenses_unmapped` of the most frequent strings.
+        """Returns the counts as JSON: `licenses`, and the most frequent strings of `licenses_stated` and
+        `licenses_unmapped`.
 
         Empty for a source whose license is that of every document.
         """
@@ -455,14 +474,19 @@ class LicenseTally:
             {"license": license, "found": basis, "documents": count, "bytes": self.bytes[license, basis]}
             for (license, basis), count in sorted(self.documents.items())
         ]
-        strings = sorted(self.unmapped.items(), key=lambda item: (-item[1], item[0]))[:LISTED]
-        listed = [{"string": string, "documents": count} for string, count in strings]
-        return {"licenses": rows} | ({"licenses_unmapped": listed} if listed else {})
+        stated = [
+            {"string": string, "license": license, "documents": count}
+            for (string, license), count in _most_frequent(self.strings)
+        ]
+        unmapped = [{"string": string, "documents": count} for string, count in _most_frequent(self.unmapped)]
+        lists = {"licenses_stated": stated, "licenses_unmapped": unmapped}
+        return {"licenses": rows, **{name: listed for name, listed in lists.items() if listed}}
 
     def part_facts(self) -> dict[str, Any]:
         """Returns the counts as JSON, for `joined`."""
         counts = [[*key, count, self.bytes[key]] for key, count in sorted(self.documents.items())]
-        return {"counts": counts, "unmapped": sorted(self.unmapped.items())}
+        strings = [[*key, count] for key, count in sorted(self.strings.items())]
+        return {"counts": counts, "unmapped": sorted(self.unmapped.items()), "strings": strings}
 
     @classmethod
     def joined(cls, parts: Iterable[dict[str, Any]]) -> LicenseTally:
@@ -473,4 +497,23 @@ class LicenseTally:
                 tally.documents[license, basis] += documents
                 tally.bytes[license, basis] += size
             tally.unmapped.update(dict(part["unmapped"]))
+            for string, license, count in part["strings"]:
+                tally.strings[string, license] += count
         return tally
+
+
+Key = TypeVar("Key", str, tuple[str, str])
+
+
+def _count(counts: Counter[Key], key: Key) -> None:
+    # A free text as a license could differ in every document; memory must not grow with them.
+    if key in counts or len(counts) < MOST_STRINGS:
+        counts[key] += 1
+
+
+def _most_frequent(counts: Counter[Key]) -> list[tuple[Key, int]]:
+    return sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:LISTED]
+
+
+def _shortened(string: str) -> str:
+    return " ".join(string.split())[:200]

@@ -136,7 +136,8 @@ class Passkeys(Reader):
         for docstring in python_stdlib.read(files, "docstring"):
             if isinstance(docstring, Unreadable):
                 yield docstring
-            elif isinstance(docstring, Document):  # the others have license terms of their own
+            # The others have license terms of their own.
+            elif isinstance(docstring, Document) and docstring.license is None:
                 texts.append((docstring.text, docstring.location))
         rng = random.Random(seed_of(f"{self.reader}/{source}", seed))
         drawn = passkeys.draw(passkeys.fillers(texts), self.count, (self.min_chars, self.max_chars), self.digits, rng)

@@ -1,7 +1,8 @@
 """Readers `stdlib-docstrings` and `stdlib-source`: the running Python's standard library as documents.
 
 Some files of the library carry license terms of their own, such as `turtle.py`. The license that a recipe declares for
-the library does not cover them, so their documents are `Unmapped`, and curation removes them.
+the library does not cover them: their documents have the license of that notice, and none if no rule knows it. A
+copyright notice without terms leaves a file under the library's license.
 """
 
 from __future__ import annotations
@@ -21,22 +22,14 @@ from pathlib import Path
 from typing import Literal
 
 from pipeline.core.stage import added
-from stages.data.acquire.readers.base import Document, Files, SampledReader, Unmapped, Unreadable, is_unicode
+from stages.data.acquire.licenses import notices
+from stages.data.acquire.readers.base import Document, Files, SampledReader, Unmapped, Unreadable, is_unicode, under_notice
 
 # Address of a file of the library at the tag of a version of Python.
 ADDRESS = "https://github.com/python/cpython/blob/v{version}/Lib/{path}"
-# Between two words of a comment.
-_GAP = r"[\s#]+"
-# Words with which a file states license terms of its own.
-TERMS = re.compile(
-    rf"permission{_GAP}(?:is|to{_GAP}(?:use|copy))|redistribut|SPDX-License-Identifier|licen[sc]ed{_GAP}under"
-    rf"|public{_GAP}domain",
-    re.IGNORECASE,
-)
-RESERVED = re.compile(rf"all{_GAP}rights{_GAP}reserved", re.IGNORECASE)
 # Words of a file whose rights the Python Software Foundation has or was granted: it licenses them as PSF-2.0.
 FOUNDATION = re.compile(
-    rf"licensed{_GAP}to{_GAP}(?:the{_GAP})?PSF|copyright.{{,40}}Python{_GAP}Software{_GAP}Foundation", re.IGNORECASE
+    r"licensed[\s#]+to[\s#]+(?:the[\s#]+)?PSF|copyright.{,40}Python[\s#]+Software[\s#]+Foundation", re.IGNORECASE
 )
 # not library code (tests, the editor, installed packages), or generated at build time with paths of the build machine
 _SKIPPED = "test tests idlelib turtledemo lib2to3 site-packages dist-packages lib-dynload __pycache__"
@@ -62,19 +55,6 @@ def library_files(top_level: bool = False) -> Files:
     return sorted(modules)
 
 
-def own_terms(text: str) -> str:
-    """Returns the first line of a file that states license terms of its own; "" if the library's license covers it.
-
-    A copyright notice without terms leaves the file under the library's license. Words in a string of the program count
-    too: a wrong hit loses a document, a miss would publish one under a license that it does not have.
-    """
-    match = TERMS.search(text) or (RESERVED.search(text) if FOUNDATION.search(text) is None else None)
-    if match is None:
-        return ""
-    start, end = text.rfind("\n", 0, match.start()) + 1, text.find("\n", match.end())
-    return text[start : end if end >= 0 else None].strip("# \t\r")
-
-
 def read(files: Files, unit: Unit) -> Iterator[Found]:
     """Yields the docstrings in the files, or their functions, or the files themselves.
 
@@ -93,12 +73,14 @@ def read(files: Files, unit: Unit) -> Iterator[Found]:
             yield Unreadable(relative)
             continue
         # not splitlines(): form feeds in the library's files are no line ends to the parser
-        lines, terms = re.split(r"\r\n|\r|\n", source), own_terms(source)
+        lines = re.split(r"\r\n|\r|\n", source)
+        # In the whole file: words in a string of the program count too.
+        notice = notices.in_header(source, FOUNDATION, len(source))
         url = ADDRESS.format(version=platform.python_version(), path=relative)
         for definition, text in _texts(tree, lines, unit):
             name = f"{relative}:{definition}" if definition else relative
             if text and is_unicode(text):
-                yield Unmapped(name, text, terms, "file") if terms else Document(name, text, relative, url=url)
+                yield under_notice(Document(name, text, relative, url=url), notice)
 
 
 def _texts(tree: ast.Module, lines: Sequence[str], unit: Unit) -> Iterator[tuple[str, str | None]]:

@@ -8,23 +8,39 @@ import json
 import zlib
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Annotated, Any, ClassVar, Literal, cast
 
 from pydantic import Field, model_validator
 
-from pipeline.core.bounds import License, Line, Words
+from pipeline.core.bounds import License, Line, LongLine, Words
 from pipeline.core.errors import AtomError
 from pipeline.core.stage import added
+from stages.data.acquire.licenses import notices
 from stages.data.acquire.licenses.expressions import LicenseMap, MapName, load_map
-from stages.data.acquire.readers.base import Document, Failed, FileReader, Files, Read, Unmapped, Unreadable, is_unicode
+from stages.data.acquire.readers.base import (
+    Document,
+    Failed,
+    FileReader,
+    Files,
+    LeftOut,
+    Read,
+    Unmapped,
+    Unreadable,
+    is_unicode,
+    under_notice,
+)
 
 # The name of a field or column in a user's files, or the path of a nested one, such as metadata.license.
 Column = Line
 # Of a title, or of all authors of a document.
 MOST_CHARACTERS = 4000
 # SPDX expressions by the license strings of a source.
+# Values by the names of fields.
+Values = Annotated[
+    dict[Column, Annotated[tuple[LongLine, ...], Field(min_length=1, max_length=100)]], Field(max_length=10)
+]
 LicenseStrings = Annotated[dict[Annotated[str, Words(2000)], License], Field(max_length=1000)]
 
 
@@ -63,9 +79,14 @@ class RowReader(FileReader):
     """field with the license of a document, or a list of licenses that all apply, such as metadata.license; null:
     that of the source"""
     license_map: MapName | None = added(None)
-    """shipped map from the strings of license_field to SPDX; null: they are SPDX"""
+    """shipped map for the strings of license_field that are local to a source; null: none is"""
     license_strings: LicenseStrings = added({})
     """SPDX expressions by strings of license_field, which come before those of license_map"""
+    notices: Literal["header", "footer"] | None = added(None)
+    """place where texts may state a license of their own, which comes before license_field: header of a source file, or
+    footer of a page; null: nowhere"""
+    where: Values = added({})
+    """values by the name of a field, such as `language: [English]`; rows with another value are left out"""
     url_field: Column | None = added(None)
     """field with the URL of a document; null: documents have none"""
     title_field: Column | None = added(None)
@@ -124,6 +145,7 @@ class RowReader(FileReader):
             self.title_field,
             self.author_field,
             self.derived_from_field,
+            *self.where,
         )
         return [name for name in names if name]
 
@@ -156,6 +178,9 @@ class RowReader(FileReader):
             if isinstance(row, Failed):
                 yield row
                 continue
+            if not all(_has(row, field, values) for field, values in self.where.items()):
+                yield LeftOut()
+                continue
             try:
                 content, name = self._content(row), self._name(row)
                 parents = _parents(row, self.derived_from_field) if self.derived_from_field else ()
@@ -182,13 +207,18 @@ class RowReader(FileReader):
             for field in (self.url_field, self.title_field, self.author_field)
         )
         url, credit = _url(stated_url), (_names(title), _names(author))
+        document = Document(name, text, row.file, prompt_chars, None, url, "", parents, *credit)
+        if self.notices is not None:
+            notice = notices.in_header(text) if self.notices == "header" else notices.in_footer(text)
+            if notice is not None:
+                return under_notice(document, notice)
         if self.license_field is None:
-            return Document(name, text, row.file, prompt_chars, None, url, "", parents, *credit)
+            return document
         stated = field_at(row.fields, self.license_field)
         expression = licenses.expression(stated)
         if expression is None:
             return Unmapped(name, text, _in_words(stated))
-        return Document(name, text, row.file, prompt_chars, expression, url, "field", parents, *credit)
+        return replace(document, license=expression, license_found="field", stated=_in_words(stated))
 
     def _content(self, row: Row) -> str | list[Any]:
         """Returns the text, or the list of messages. Raises ValueError in words."""
@@ -234,6 +264,12 @@ def field_at(fields: Mapping[str, Any], path: str) -> Any:
         else:
             value = value.get(name) if isinstance(value, Mapping) else None
     return value
+
+
+def _has(row: Row, field: str, values: Sequence[str]) -> bool:
+    """Returns True if a field has one of the values, or a list with one of them."""
+    value = field_at(row.fields, field)
+    return any(str(each) in values for each in (value if isinstance(value, list) else [value]))
 
 
 def _tools(value: Any) -> list[Any]:
