@@ -36,7 +36,7 @@ class LicenseFacts:
         documents: Documents.
         tokens: Tokens of them.
         bases: Acquired documents by how the license was found: `field` of a row, `file` of a package, `page`,
-            `none`, or empty where it is the source's declaration.
+            `notice`, `none`, or empty where it is the source's declaration.
     """
 
     documents: int = 0

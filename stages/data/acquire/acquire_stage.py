@@ -33,10 +33,8 @@ from stages.data.acquire.readers.base import (
     Failures,
     FileReader,
     Files,
-    LeftOut,
     LicenseFound,
     LicenseTally,
-    Read,
     Refused,
     SampledReader,
     Unmapped,
@@ -262,10 +260,12 @@ def _writer(is_stated: bool, path: Path, columns: Mapping[str, str]) -> Iterator
         yield lambda row: None
 
 
-def _documents(config: AcquireConfig, files: Files, left_out: Counter[str]) -> Iterator[Document | Unreadable | Failed | Unmapped | Refused]:
+def _documents(
+    config: AcquireConfig, files: Files, left_out: Counter[str]
+) -> Iterator[Document | Unreadable | Failed | Unmapped | Refused]:
     """Yields the documents of the reader; one whose text has no UTF-8 form has failed. `left_out` counts other rows."""
     for document in config.source.reader.documents(config.source.name, config.seed, files):
-        if isinstance(document, LeftOut):
+        if document is None:
             left_out["rows"] += 1
         elif isinstance(document, Document | Unmapped) and not is_unicode(document.text):
             yield Failed(document.name, "its text holds a lone surrogate, which is not Unicode")

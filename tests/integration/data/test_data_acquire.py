@@ -25,7 +25,7 @@ from pipeline.core.store import Artifact
 from stages.data.acquire import acquire_stage
 from stages.data.acquire.readers import row_files
 from stages.data.acquire.readers.base import Document, Unmapped, Unreadable
-from stages.data.acquire.readers.python_stdlib import own_terms, read
+from stages.data.acquire.readers.python_stdlib import read
 from stages.data.acquire.sources import Source, resolve_tree_digest
 from stages.formats import chat
 from stages.formats.seeds import seed_of
@@ -131,6 +131,53 @@ def test_nested_fields_and_maps_of_license_strings(tmp_path: Path, run_stage: An
 
 
 UNMAPPED = [("LicenseRef-unmapped", "field"), ("LicenseRef-unmapped", "none")]
+
+
+@pytest.mark.parametrize("reader", ["jsonl", "parquet"])
+def test_rows_are_left_out_by_their_fields(tmp_path: Path, run_stage: Any, reader: str) -> None:
+    """As the Common Corpus states languages and licenses; the strings that were understood are listed."""
+    stated = [("English", "Open Culture", "Public Domain"), ("French", "Open Culture", "Public Domain"),
+              ("English", "Open Source", "MIT"), ("English", "Open Science", "CC-By"), ("English", "Open Science", "CC-By"),
+              ("English", "Open Science", "CC-BY-4.0"), (None, "Open Culture", "Public Domain"),
+              ("English", "Open Government", "Various open data")]  # fmt: skip
+    names = ("language", "open_type", "license")
+    rows = [{"text": f"Text {n}.", **dict(zip(names, row, strict=True))} for n, row in enumerate(stated)]
+    path = tmp_path / f"corpus.{reader}"
+    if reader == "jsonl":
+        write_lines(path, rows)
+    else:
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    where = {"language": ["English"], "open_type": ["Open Culture", "Open Science", "Open Government"]}
+    artifact = run_stage(acquire_stage.STAGE, config(path, reader, license_field="license", where=where), {})
+    table = {row["text"]: row["license"] for row in documents(artifact)}
+    by = "LicenseRef-CC-BY-unversioned"
+    assert table == {"Text 0.": "LicenseRef-Public-Domain", "Text 3.": by, "Text 4.": by, "Text 5.": "CC-BY-4.0"}
+    source = artifact.json("source.json")
+    assert (source["documents"], source["documents_found"], source["rows_left_out"]) == (5, 5, 3)
+    assert source["licenses_stated"] == [
+        {"string": "CC-By", "license": by, "documents": 2},
+        {"string": "Public Domain", "license": "LicenseRef-Public-Domain", "documents": 1},
+    ]
+    assert source["licenses_unmapped"] == [{"string": "Various open data", "documents": 1}]
+    limited = config(path, reader, license_field="license", where=where, limit=2)
+    assert run_stage(acquire_stage.STAGE, limited, {}).json("source.json")["documents"] == 2
+
+
+def test_a_notice_in_a_text_goes_before_its_license_field(tmp_path: Path, run_stage: Any) -> None:
+    headers = [
+        "// Licensed under the MIT license.\n",
+        "// All rights reserved.\n",
+        "",
+        "// SPDX-License-Identifier: Zlib\n",
+    ]
+    write_lines(tmp_path / "code.jsonl", [{"text": f"{header}f();", "license": "Apache-2.0"} for header in headers])
+    settings = config(tmp_path / "code.jsonl", license_field="license", license_notice="header")
+    artifact = run_stage(acquire_stage.STAGE, settings, {})
+    assert [row["license"] for row in documents(artifact)] == ["MIT", "Apache-2.0", "Zlib"]
+    (failed,) = documents(artifact, "failed")
+    assert failed["reason"] == "license: no map knows '// All rights reserved.'"
+    found = {row["license"]: row["found"] for row in artifact.json("source.json")["licenses"]}
+    assert found == {"Apache-2.0": "field", "LicenseRef-unmapped": "notice", "MIT": "notice", "Zlib": "notice"}
 
 
 def test_a_list_of_mappings_in_parquet_and_an_empty_list(tmp_path: Path, run_stage: Any) -> None:
@@ -501,37 +548,61 @@ def test_library_files_are_cut_by_the_parsers_lines(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("header", "terms"),
     [
-        ("# Permission  is  hereby granted,  free  of charge", "Permission  is  hereby granted,  free  of charge"),
-        ("# Permission\n# to use, copy", "Permission\n# to use, copy"),
-        ("# Redistribution and use in source and binary forms", "Redistribution and use in source and binary forms"),
+        ("# Permission  is  hereby granted,  free  of charge", ("Permission  is  hereby granted,  free  of charge", None)),
+        ("# Permission\n# to use, copy", ("Permission\n# to use, copy", None)),
+        ("# Redistribution and use in source and binary", ("Redistribution and use in source and binary", None)),
         ("# SPDX-License-Identifier: MIT\n# Licensed to PSF under a Contributor Agreement.",
-         "SPDX-License-Identifier: MIT"),
-        ("# Released to the public domain, by the author.", "Released to the public domain, by the author."),
-        ("# (c) Copyright Example Corp, All Rights Reserved.", "(c) Copyright Example Corp, All Rights Reserved."),
-        ("# Copyright (c) 2004 Python Software Foundation.\n# All rights reserved.", ""),
-        ("# Copyright 2009 A. Author. All Rights Reserved.\n# Licensed to PSF under a Contributor Agreement.", ""),
-        ("# Copyright (C) 2001 A. Author.", ""),
-        ("", ""),
+         ("SPDX-License-Identifier: MIT", "MIT")),
+        ("# Released to the public domain, by the author.",
+         ("Released to the public domain, by the author.", "LicenseRef-Public-Domain")),
+        ("# (c) Copyright Example Corp, All Rights Reserved.",
+         ("(c) Copyright Example Corp, All Rights Reserved.", None)),
+        ("# Copyright (c) 2004 Python Software Foundation.\n# All rights reserved.", None),
+        ("# Copyright 2009 A. Author. All Rights Reserved.\n# Licensed to PSF under a Contributor Agreement.", None),
+        ("# Copyright (C) 2001 A. Author.", None),
+        ("", None),
     ],
 )  # fmt: skip
 def test_a_file_with_terms_of_its_own_is_not_under_the_librarys_license(
-    tmp_path: Path, header: str, terms: str
+    tmp_path: Path, header: str, terms: tuple[str, str | None] | None
 ) -> None:
     (tmp_path / "a.py").write_text(f'{header}\ndef f(x):\n    """Double x."""\n    return 2 * x\n')
     files = [("a.py", tmp_path / "a.py")]
     for unit in ("docstring", "function", "file"):
         (document,) = read(files, unit)
-        assert isinstance(document, Unmapped if terms else Document)
-        if isinstance(document, Unmapped):
-            assert (document.license, document.license_found) == (terms, "file")
+        if isinstance(document, Document):
+            assert (document.stated, document.license) == (terms or ("", None))
+        else:
+            assert isinstance(document, Unmapped) and (document.license, None) == terms
+        assert document.license_found == ("notice" if terms else "")
+
+
+FOREIGN = {
+    "turtle.py": "Zlib",
+    "tarfile.py": "MIT",
+    "optparse.py": "BSD-3-Clause",
+    "profile.py": "Apache-2.0",
+    "tabnanny.py": "LicenseRef-Public-Domain",
+    "trace.py": None,
+    "xml/etree/ElementTree.py": "MIT-CMU",
+    "http/cookies.py": "HPND",
+}
+"""Modules with a notice of their own, in the library of any supported version of Python."""
+
+
+def test_modules_of_the_library_with_a_notice_of_their_own() -> None:
+    library = Path(sysconfig.get_paths()["stdlib"])
+    found = {name: next(iter(read([(name, library / name)], "file"))) for name in FOREIGN}
+    assert {name: isinstance(document, Unmapped) for name, document in found.items()} == {
+        name: license is None for name, license in FOREIGN.items()
+    }
+    licenses = {name: document.license for name, document in found.items() if isinstance(document, Document)}
+    assert licenses == {name: license for name, license in FOREIGN.items() if license}
 
 
 @pytest.mark.parametrize("recipe", ["smoke", "tiny"])
 def test_the_demos_corpora_hold_no_file_of_the_library_with_other_terms(recipe: str, run_stage: Any) -> None:
-    """Modules whose notices are known, in the library of any supported version of Python."""
     library = Path(sysconfig.get_paths()["stdlib"])
-    foreign = {"turtle.py", "tarfile.py", "optparse.py", "trace.py", "xml/etree/ElementTree.py", "http/cookies.py"}
-    assert all(own_terms((library / name).read_text("utf-8")) for name in foreign)
     sources = yaml.safe_load(Path(data_recipes.__file__).with_name(f"{recipe}.yaml").read_text())["sources"]
     for source in sources[:2]:
         section = {name: source[name] for name in ("name", "kind", "license", "license_evidence", "origin", "reader")}
@@ -542,6 +613,9 @@ def test_the_demos_corpora_hold_no_file_of_the_library_with_other_terms(recipe: 
         assert artifact.json("source.json")["origin"] == tag
         assert artifact.json("source.json")["documents_unmapped"] > 0
         rows = documents(artifact)
-        paths = {row["origin"].removeprefix(tag.replace("/tree/", "/blob/") + "/") for row in rows}
-        assert paths and not paths & foreign
+        assert source["license_allow"] == ["PSF-2.0"]
+        paths = {row["origin"].removeprefix(tag.replace("/tree/", "/blob/") + "/"): row["license"] for row in rows}
+        assert all(license == FOREIGN.get(name, license) for name, license in paths.items())
+        assert not {name for name, license in paths.items() if license == "PSF-2.0"} & FOREIGN.keys()
+        assert "PSF-2.0" in paths.values() and len(set(paths.values())) > 1
         assert all((library / name).is_file() for name in paths)

@@ -1,17 +1,18 @@
 """SPDX expressions: from the license strings of a source, and what the licenses in them allow.
 
-A map is a YAML file of this folder, which says where its strings were read. A recipe names it, and may add strings of
-its own. A string that neither knows has no expression, and then the document is not used. The license fields of
-debian/copyright files (DEP-5) are parsed as well: alternatives, conjunctions, exceptions and `+`.
+A map is a YAML file of this folder, for strings that only one source has; it says where they were read. A recipe names
+it, and may add strings of its own. Strings that many sources have are read by free_text.py. A string that is not
+understood has no expression, and then the document is not used. The license fields of debian/copyright files (DEP-5)
+are parsed as well: alternatives, conjunctions, exceptions and `+`.
 
-A map decides what acquire writes: whoever changes one raises the version of that stage.
+A map and free_text.yaml decide what acquire writes: whoever changes one raises the version of that stage.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache, cached_property, lru_cache
 from importlib.resources import files
 from typing import Annotated, Any, Literal
@@ -114,8 +115,8 @@ class LicenseMap:
 
     Attributes:
         licenses: {string: SPDX expression}.
-        syntax: Other strings that are understood: `text`, an expression or what free_text.py reads; `spdx`, an expression;
-            `dep5`, a license field of debian/copyright.
+        syntax: Other strings that are understood: `text`, what free_text.py reads; `spdx`, an expression; `dep5`, a
+            license field of debian/copyright.
         several: True if several licenses of a list all apply; otherwise they have no expression.
         ignored: Strings that state no license.
     """
@@ -124,7 +125,6 @@ class LicenseMap:
     syntax: Literal["text", "spdx", "dep5"] = "spdx"
     several: bool = True
     ignored: tuple[str, ...] = ()
-    _known: dict[str, str | None] = field(default_factory=dict, repr=False, compare=False)
 
     def expression(self, value: object) -> str | None:
         """Returns the SPDX expression of a string, or of a list of strings that all apply.
@@ -145,14 +145,10 @@ class LicenseMap:
         """Returns the map with the strings of a recipe, which come first."""
         return LicenseMap({**self.licenses, **licenses}, self.syntax, self.several, self.ignored)
 
-    def _expression_of(self, text: str) -> str | None:
-        """Returns the expression of one string. The strings of a corpus are few, so they are remembered."""
-        if text not in self._known:
-            # A map of a stranger's corpus may meet a new string in every document.
-            if len(self._known) >= 100_000:
-                self._known.clear()
-            self._known[text] = self._parse(text)
-        return self._known[text]
+    @cached_property
+    def _expression_of(self) -> Callable[[str], str | None]:
+        # The strings of a corpus are few; a map of a stranger's corpus may meet a new one in every document.
+        return lru_cache(maxsize=100_000)(self._parse)
 
     def _parse(self, text: str) -> str | None:
         stripped = text.strip()
@@ -199,35 +195,21 @@ class AllowedLicenses:
     def _allows(self, license: str) -> bool:
         if license in self._allowed:
             return True
-        # A parser by recursive descent: OR binds weaker than AND, and AND weaker than WITH.
-        tokens = re.findall(r"[()]|[^\s()]+", license)
-        verdict, position = self._alternatives(tokens, 0)
-        return verdict and position == len(tokens)
+        # In place of each license its verdict, then of each pair of brackets.
+        text = re.sub(r"[^\s()]+( WITH [^\s()]+)?", self._verdict, license)
+        while (group := re.search(r"\(([^()]*)\)", text)) is not None:
+            text = f"{text[: group.start()]}{_one_holds(group[1]):d}{text[group.end() :]}"
+        return _one_holds(text)
 
-    def _alternatives(self, tokens: list[str], position: int) -> tuple[bool, int]:
-        """Returns the verdict on operands joined by OR from a position, and the position after them."""
-        verdict, position = self._conjunction(tokens, position)
-        while tokens[position : position + 1] == ["OR"]:
-            operand, position = self._conjunction(tokens, position + 1)
-            verdict = verdict or operand
-        return verdict, position
+    def _verdict(self, match: re.Match[str]) -> str:
+        if match[0] in ("AND", "OR"):
+            return match[0]
+        return "1" if match[0] in self._allowed or match[0].partition(" ")[0] in self._allowed else "0"
 
-    def _conjunction(self, tokens: list[str], position: int) -> tuple[bool, int]:
-        verdict, position = self._operand(tokens, position)
-        while tokens[position : position + 1] == ["AND"]:
-            operand, position = self._operand(tokens, position + 1)
-            verdict = verdict and operand
-        return verdict, position
 
-    def _operand(self, tokens: list[str], position: int) -> tuple[bool, int]:
-        if tokens[position] == "(":
-            verdict, position = self._alternatives(tokens, position + 1)
-            return verdict, position + 1
-        license, position = tokens[position], position + 1
-        if tokens[position : position + 1] == ["WITH"]:
-            with_exception, position = f"{license} WITH {tokens[position + 1]}", position + 2
-            return license in self._allowed or with_exception in self._allowed, position
-        return license in self._allowed, position
+def _one_holds(text: str) -> bool:
+    """Returns True if one alternative consists of `1` only, for operands joined by OR, which binds weaker, and AND."""
+    return any(set(alternative.split(" AND ")) == {"1"} for alternative in text.split(" OR "))
 
 
 def forbids_derivatives(expression: str) -> bool:
@@ -240,7 +222,7 @@ def forbids_derivatives(expression: str) -> bool:
     allowed = [name for name in identifiers if not NO_DERIVATIVES.search(name) and name not in ("AND", "OR")]
     try:
         return not AllowedLicenses(allowed).allows(expression)
-    except (IndexError, RecursionError, ValueError):
+    except ValueError:  # of a name that is none of SPDX
         return True
 
 
@@ -252,7 +234,4 @@ def asks_for_attribution(expression: str) -> bool:
 
     False for web text without a license, whose terms nobody knows. True for a text that is no expression.
     """
-    try:
-        return not _FREE.allows(expression)
-    except (IndexError, RecursionError):
-        return True
+    return not _FREE.allows(expression)

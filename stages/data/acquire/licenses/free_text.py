@@ -10,12 +10,11 @@ from __future__ import annotations
 import html
 import re
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
 from functools import cache
 from importlib.resources import files
 from itertools import pairwise
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 from pipeline.core.bounds import spdx
 from pipeline.core.yaml_text import parse_yaml
@@ -32,116 +31,67 @@ PUBLIC_DOMAIN = "LicenseRef-Public-Domain"
 DEDICATIONS = ("CC0-1.0", "CC-PDM-1.0", "CC-PDDC", "PDDL-1.0", "Unlicense", "LicenseRef-Public-Domain-US")
 # Matches identifiers of licenses that forbid commercial use or derived works.
 RESTRICTED = re.compile(r"-N[CD]\b")
+# Matches the identifiers that GNU licenses had in earlier lists of SPDX.
+_DEPRECATED = re.compile(r"\b([AL]?GPL-\d\.\d|GFDL-\d\.\d)(\+)?(?![\w.+-])")
 _LINK = re.compile(r"<[^<>]*?\bhref\s*=\s*[\"']?([^\"'\s<>]+)[^<>]*>", re.IGNORECASE)
 _TAG = re.compile(r"</?[a-z!][^<>]*>", re.IGNORECASE)
-_WORD = re.compile(
-    r"(?:https?:)?//[^\s<>\"']+|(?:[a-z0-9-]+\.)+[a-z]{2,}/[^\s<>\"']*|\d+(?:[._-]\d+)*|[^\W\d_]+|\S", re.IGNORECASE
-)
+_WORD = re.compile(r"(?:https?:)?//[^\s<>\"']+|(?:[a-z0-9-]+\.)+[a-z]{2,}/[^\s<>\"']*|\d+(?:[._-]\d+)*|[^\W\d_]+|\S")
 # Elements of Creative Commons that are written as one word, such as ccbyncsa.
 _JOINED = re.compile(r"(cc)?(by)(nc)?(sa|nd)?")
 _IGNORED = frozenset("-–—‐‑−_.:()[]{}<>\"'“”‘’´`«»™®・")
-_OPERATORS = {"or": "OR", "and": "AND", "&": "AND", ",": ",", ";": ",", "/": ",", "|": ","}
-# Matches the identifiers that GNU licenses had in earlier lists of SPDX.
-_DEPRECATED = re.compile(r"\b([AL]?GPL-\d\.\d|GFDL-\d\.\d)(\+)?(?![\w.+-])")
+_OPERATORS = {"or": "OR", "and": "AND", "&": "AND", ",": ",", ";": "AND", "/": "AND", "|": "AND"}
 Words = tuple[str, ...]
-Value = TypeVar("Value")
+# A value, and the position after the words that have it.
+Match = tuple[Any, int]
 
 
-class _Phrases(Generic[Value]):
-    """Values by phrases, which are sequences of words."""
+class _Phrases:
+    """Values by phrases."""
 
-    def __init__(self, values: Iterable[tuple[str, Value]]) -> None:
+    def __init__(self, values: Iterable[tuple[str, Any]]) -> None:
         self._values = {words(phrase): value for phrase, value in values}
         self._longest = max(map(len, self._values))
 
-    def at(self, tokens: Words, position: int) -> tuple[Value, int] | None:
-        """Returns the value of the longest phrase at a position, and the position after it; None without one."""
-        for end in range(min(position + self._longest, len(tokens)), position, -1):
-            if tokens[position:end] in self._values:
-                return self._values[tokens[position:end]], end
-        return None
-
-
-@dataclass(frozen=True)
-class _Name:
-    """The license of a name.
-
-    Attributes:
-        unversioned: Its expression if no version is stated.
-        versions: {version: expression}.
-        is_gnu: True if identifiers end in -only or -or-later.
-    """
-
-    unversioned: str
-    versions: Mapping[str, str]
-    is_gnu: bool = False
-
-    def expression(self, version: str, later: bool) -> str | None:
-        """Returns the expression of a version, with the later ones if `later`; None if there is no such version."""
-        license = next((name for known, name in self.versions.items() if _shortest(known) == _shortest(version)), None)
-        if license is None:
-            return None
-        if self.is_gnu:
-            return f"{license}-{'or-later' if later else 'only'}"
-        return f"{license}+" if later else license
-
-
-def _shortest(version: str) -> str:
-    return re.sub(r"(\.0)+$", "", version)
-
-
-@dataclass(frozen=True)
-class _Vocabulary:
-    """free_text.yaml, by phrases."""
-
-    names: _Phrases[_Name]
-    prefixes: _Phrases[None]
-    elements: _Phrases[str]
-    editions: _Phrases[None]
-    regions: _Phrases[str]
-    before_version: _Phrases[None]
-    fillers: _Phrases[None]
-    addresses: Mapping[str, str]
+    def at(self, tokens: Words, position: int) -> Match | None:
+        """Returns the value of the longest phrase at a position; None without one."""
+        ends = range(min(position + self._longest, len(tokens)), position, -1)
+        return next(((self._values[tokens[position:n]], n) for n in ends if tokens[position:n] in self._values), None)
 
 
 @cache
-def _vocabulary() -> _Vocabulary:
-    content = (files(__package__) / "free_text.yaml").read_bytes()
-    fields: dict[str, Any] = parse_yaml(content, "names of licenses")
-    names: list[tuple[str, _Name]] = []
+def _vocabulary() -> dict[str, Any]:
+    """Returns the phrases of free_text.yaml. Those of names have {version, "" if it is not stated: expression}."""
+    fields: dict[str, Any] = parse_yaml((files(__package__) / "free_text.yaml").read_bytes(), "names of licenses")
+    names, renamed, commons = [], fields["renamed"], fields["creative_commons"]
     for license, phrases in fields["licenses"].items():
         version = re.search(r"-(\d[\d.]*)$", license)
-        entry = _Name(license, {version[1]: license} if version else {})
-        names += [(phrase, entry) for phrase in phrases]
-    renamed = fields["renamed"]
-    for family, (phrases, numbers) in fields["versioned"].items():
-        unversioned = renamed.get(f"{family}-unversioned", f"LicenseRef-{family}-unversioned")
-        versions = {str(number): renamed.get(f"{family}-{number}", f"{family}-{number}") for number in numbers}
-        entry = _Name(unversioned, versions, family in fields["gnu"])
-        names += [(phrase, entry) for phrase in phrases]
-    commons = fields["creative_commons"]
-    return _Vocabulary(
-        _Phrases(names),
-        _Phrases((phrase, None) for phrase in commons["prefixes"]),
-        _Phrases((phrase, element) for element, phrases in commons["elements"].items() for phrase in phrases),
-        _Phrases((phrase, None) for phrase in commons["editions"]),
-        _Phrases(
-            (phrase, code)
-            for code, countries in commons["regions"].items()
-            for phrase in (code, *countries.split(" | "))
-        ),
-        _Phrases((phrase, None) for phrase in fields["before_version"]),
-        _Phrases((phrase, None) for phrase in fields["fillers"]),
-        fields["addresses"],
-    )
+        names += [(phrase, {"": license} | ({_short(version[1]): license} if version else {})) for phrase in phrases]
+    for family, (phrases, versions) in fields["versioned"].items():
+        exact, later = ("-only", "-or-later") if family in fields["gnu"] else ("", "+")
+        licenses = {"": renamed.get(f"{family}-unversioned", f"LicenseRef-{family}-unversioned")}
+        for version in map(str, versions):
+            license = renamed.get(f"{family}-{version}", f"{family}-{version}")
+            licenses |= {_short(version): license + exact, f"{_short(version)}+": license + later}
+        names += [(phrase, licenses) for phrase in phrases]
+    regions = [(name, code) for code, text in commons["regions"].items() for name in (code, *text.split(" | "))]
+    elements = [(phrase, element) for element, phrases in commons["elements"].items() for phrase in phrases]
+    plain = {name: fields[name] for name in ("before_version", "fillers")}
+    plain |= {name: commons[name] for name in ("prefixes", "editions")}
+    phrases = {name: _Phrases((phrase, None) for phrase in listed) for name, listed in plain.items()}
+    phrases |= {"names": _Phrases(names), "regions": _Phrases(regions), "elements": _Phrases(elements)}
+    return {**phrases, "addresses": fields["addresses"]}
+
+
+def _short(version: str) -> str:
+    return re.sub(r"(\.0)+$", "", version)
 
 
 def words(text: str) -> Words:
     """Returns the words, numbers, operators and addresses of a text, in lower case."""
     text = unicodedata.normalize("NFKC", html.unescape(text))
-    text = _TAG.sub(" ", _LINK.sub(r" \1 ", text)).casefold()
-    # R packages write `GPL (>= 2)`.
-    text = re.sub(r">=\s*(\d[\d.]*)", r"\1+", OR_LATER.sub("+", " ".join(text.split())))
+    text = " ".join(_TAG.sub(" ", _LINK.sub(r" \1 ", text)).casefold().split())
+    # R packages write `GPL (>= 2)`; `only` says no more than the version before it.
+    text = re.sub(r"(?<=\d)[ -]only\b", "", re.sub(r">=\s*(\d[\d.]*)", r"\1+", OR_LATER.sub("+", text)))
     tokens: list[str] = []
     for token in _WORD.findall(text):
         if joined := _JOINED.fullmatch(token):
@@ -154,7 +104,7 @@ def words(text: str) -> Words:
 
 
 def current_spdx(text: str) -> str | None:
-    """Returns an SPDX expression in the spelling of SPDX, with the names that GNU licenses have today; None if invalid."""
+    """Returns an SPDX expression in the spelling of SPDX, with today's names of GNU licenses; None if it is none."""
     try:
         expression = spdx(text)
     except (ValueError, RecursionError):
@@ -171,15 +121,16 @@ def expression_of(text: str) -> str | None:
     """
     if len(text) > LONGEST:
         return None
-    expression = current_spdx(text)
-    # Operators of SPDX have upper case; with others the words are no expression of somebody who knows SPDX.
+    expression = _one(text)
+    parts = [part for part in re.split(r"[,;|]", text) if part.strip()]
+    return expression if expression or len(parts) < 2 else all_of(set(map(_one, parts)))
+
+
+def _one(text: str) -> str | None:
+    expression = current_spdx(text) or _Statement(words(text)).expression()
+    # The operators of SPDX have upper case; others are not those of somebody who writes SPDX.
     if expression and " OR " in expression and " OR " not in text and RESTRICTED.search(expression):
         return None
-    expression = expression or _Statement(words(text)).expression()
-    parts = [part for part in re.split(r"[,;|]", text) if part.strip()]
-    if expression is None and len(parts) > 1:
-        expressions = [current_spdx(part) or _Statement(words(part)).expression() for part in parts]
-        return all_of(set(expressions))
     return expression and spdx(expression)
 
 
@@ -195,111 +146,95 @@ def all_of(expressions: set[str | None]) -> str | None:
 
 def _at_address(address: str) -> str | None:
     absolute = address if "//" in address else f"//{address}"
-    if (license := addresses.expression_of(absolute)) is not None:
-        return license
-    place = addresses.place_of(absolute)
-    start = max((start for start in _vocabulary().addresses if place.startswith(start)), key=len, default=None)
+    place, texts = addresses.place_of(absolute), _vocabulary()["addresses"]
+    start = max((start for start in texts if place.startswith(start)), key=len, default=None)
     if start is None:
-        return None
-    text, rest = _vocabulary().addresses[start], place[len(start) :]
+        return addresses.expression_of(absolute)
     # Without slashes, the rest holds no address.
-    return (current_spdx(rest) if not text else None) or _Statement(
-        words(f"{text} {rest.replace('/', ' ')}")
-    ).expression()
+    rest = f"{texts[start]} {place[len(start) :].replace('/', ' ')}".strip()
+    return current_spdx(rest) or _Statement(words(rest)).expression()
 
 
-@dataclass
 class _Statement:
     """A string in words, and the licenses in it so far.
 
     Attributes:
         tokens: The words.
         licenses: (expression, operator between it and the one before it; "" without one).
-        bare: Elements of Creative Commons that stand beside a license, such as `(Attribution)`.
+        bare: Beginnings of licenses of which one must be stated, for `Creative Commons` or `(Attribution)` beside it.
     """
 
-    tokens: Words
-    licenses: list[tuple[str, str]] = field(default_factory=list)
-    bare: set[str] = field(default_factory=set)
+    def __init__(self, tokens: Words) -> None:
+        self.tokens, self.phrases = tokens, _vocabulary()
+        self.licenses: list[tuple[str, str]] = []
+        self.bare: set[str] = set()
 
     def expression(self) -> str | None:
         position, operators = 0, set[str]()
         while position < len(self.tokens):
             token = self.tokens[position]
-            if "/" in token[:-1]:
-                found: tuple[str | None, int] | None = (_at_address(token), position + 1)
-            else:
-                found = self._named(position) or self._creative_commons(position)
+            is_address = "/" in token[:-1]
+            found = (_at_address(token), position + 1) if is_address else self._license(position)
             if found is not None:
                 license, position = found
                 if license is None:
                     return None
                 if license:
-                    self.licenses.append((license, _strongest(operators)))
+                    # `and/or` is `and`.
+                    operator = next((each for each in ("AND", "OR", ",") if each in operators), "")
+                    self.licenses.append((license, operator))
                     operators = set()
-            elif filler := _vocabulary().fillers.at(self.tokens, position):
+            elif filler := self._at("fillers", position):
                 position = filler[1]
             elif token in _OPERATORS:
                 operators.add(_OPERATORS[token])
                 position += 1
             else:
                 return None
-        return None if operators - {","} else self._joined()
+        return None if "OR" in operators else self._joined()
 
-    def _named(self, position: int) -> tuple[str | None, int] | None:
-        """Returns the expression of the name at a position, and the position after it; None without a name."""
-        match = _vocabulary().names.at(self.tokens, position)
-        if match is None:
-            return None
-        name, position = match
-        version, after = self._version(position)
-        scope = self.tokens[after : after + 1]
-        license = name.expression(version, scope == ("+",)) if version else None
-        if license is None:
-            # The number is no version of it; perhaps it begins the next name, such as `3-clause BSD`.
-            return name.unversioned, position
-        return license, after + (scope == ("+",) or (name.is_gnu and scope == ("only",)))
+    def _at(self, kind: str, position: int) -> Match | None:
+        match: Match | None = self.phrases[kind].at(self.tokens, position)
+        return match
 
-    def _creative_commons(self, position: int) -> tuple[str | None, int] | None:
-        """Returns the expression of the elements at a position, and the position after them; None without elements.
+    def _license(self, position: int) -> Match | None:
+        """Returns the expression of the license at a position, None if there is no such license; None without one."""
+        if match := self._at("names", position):
+            name, position = match
+            version, after = self._version(position)
+            # A number that is no version of it may begin the next name, such as `3-clause BSD`.
+            return (name[version], after) if version in name else (name[""], position)
+        return self._creative_commons(position)
 
-        "" stands for a name of Creative Commons without elements, or for elements without that name.
-        """
-        vocabulary, start = _vocabulary(), position
-        if prefix := vocabulary.prefixes.at(self.tokens, position):
-            position = prefix[1]
-        elements, position = self._elements(position)
+    def _creative_commons(self, start: int) -> Match | None:
+        prefix = self._at("prefixes", start)
+        elements, position = self._elements(prefix[1] if prefix else start)
         # `by` alone is an English word.
         if not prefix and (not elements or self.tokens[start] == "by"):
             return None
-        if not elements:
-            self.bare.add("CC-")
-            return "", position
         kind = "-".join(element for element in ("BY", "NC", "ND", "SA") if element in elements)
-        if "BY" not in elements or {"ND", "SA"} <= elements:
-            return None, position
         version, after = self._version(position)
-        if version is None:
-            if prefix:
-                return addresses.creative_commons(kind, None), position
-            self.bare.add(f"CC-{kind}-")
+        edition = self._at("editions", after)
+        region = self._at("regions", edition[1] if edition else after)
+        if not elements or (version == "" and not prefix):
+            self.bare.add(f"CC-{kind}-" if kind else "CC-")
             return "", position
-        edition = vocabulary.editions.at(self.tokens, after)
-        region = vocabulary.regions.at(self.tokens, edition[1] if edition else after)
-        number = f"{version}.0" if "." not in version else version
-        if number not in addresses.VERSIONS or not (prefix or edition or region):
+        if not kind.startswith("BY") or {"ND", "SA"} <= elements or not (prefix or edition or region):
             return None, position
+        if version == "":
+            return addresses.creative_commons(kind, None), position
+        number = next((known for known in addresses.VERSIONS if _short(known) == version), None)
         end = (region or edition or (None, after))[1]
-        return addresses.creative_commons(kind, number, region[0] if region else None), end
+        return number and addresses.creative_commons(kind, number, region[0] if region else None), end
 
     def _elements(self, position: int) -> tuple[set[str], int]:
         """Returns the elements of Creative Commons at a position, and the position after them."""
-        elements, vocabulary, following = set[str](), _vocabulary(), position
+        elements, following = set[str](), position
         while following < len(self.tokens):
-            if element := vocabulary.elements.at(self.tokens, following):
+            if element := self._at("elements", following):
                 elements.add(element[0])
                 following = position = element[1]
-            elif skipped := vocabulary.before_version.at(self.tokens, following):
+            elif skipped := self._at("before_version", following):
                 following = skipped[1]
             elif elements and self.tokens[following] in ("and", "&"):
                 following += 1
@@ -307,14 +242,15 @@ class _Statement:
                 break
         return elements, position
 
-    def _version(self, position: int) -> tuple[str | None, int]:
-        """Returns the version at a position, and the position after it; None without one."""
+    def _version(self, position: int) -> tuple[str, int]:
+        """Returns the version at a position, with `+` for later ones, and the position after it; "" without one."""
         after = position
-        while skipped := _vocabulary().before_version.at(self.tokens, after):
+        while skipped := self._at("before_version", after):
             after = skipped[1]
-        if after < len(self.tokens) and self.tokens[after][0].isdigit():
-            return self.tokens[after], after + 1
-        return None, position
+        if after == len(self.tokens) or not self.tokens[after][0].isdigit():
+            return "", position
+        later = self.tokens[after + 1 : after + 2] == ("+",)
+        return _short(self.tokens[after]) + "+" * later, after + 1 + later
 
     def _joined(self) -> str | None:
         """Returns the expression of all licenses. A name without a version stands for the same one with its version."""
@@ -322,22 +258,14 @@ class _Statement:
         if not all(any(start in license for license in stated) for start in self.bare):
             return None
         exact = {license: _most_exact(license, stated) for license in stated}
-        operators = {
-            operator
-            for (previous, _), (license, operator) in pairwise(self.licenses)
-            if exact[previous] != exact[license]
-        }
-        distinct = list(dict.fromkeys(map(exact.__getitem__, stated)))
+        pairs = pairwise((exact[license], operator) for license, operator in self.licenses)
+        operators = {operator for (previous, _), (license, operator) in pairs if previous != license}
+        distinct = sorted(set(exact.values()), key=str.lower)
         if not distinct or "" in operators or {"OR", "AND"} <= operators:
             return None
-        if "OR" in operators or (operators and {"dual", "either"} & set(self.tokens)):
-            return None if any(map(RESTRICTED.search, distinct)) else " OR ".join(sorted(distinct, key=str.lower))
-        return " AND ".join(sorted(distinct, key=str.lower))
-
-
-def _strongest(operators: set[str]) -> str:
-    """Returns what several operators in a row mean: `and/or` is `and`."""
-    return next((operator for operator in ("AND", "OR", ",") if operator in operators), "")
+        if "OR" not in operators and not (operators and {"dual", "either"} & set(self.tokens)):
+            return " AND ".join(distinct)
+        return None if any(map(RESTRICTED.search, distinct)) else " OR ".join(distinct)
 
 
 def _most_exact(license: str, stated: Sequence[str]) -> str:

@@ -8,7 +8,11 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from typing import Any
 
+from pipeline.core.yaml_text import parse_yaml
 from stages.data.acquire.licenses import free_text
 
 # Characters at the beginning of a source file that are its header, and at the end of a page that are its footer.
@@ -26,75 +30,24 @@ TERMS = re.compile(
     re.IGNORECASE,
 )
 RESERVED = re.compile(rf"all{_GAP}rights{_GAP}reserved", re.IGNORECASE)
-# The beginning of the text that SPDX calls MIT.
-EXPAT = re.compile(
-    r"permission is hereby granted, free of charge, to any person obtaining a copy of this software and associated "
-    r"documentation files \(the \W*software\W*\), to deal in the software without restriction, including without "
-    r"limitation the rights to use, copy, modify, merge, publish, distribute, sublicense, and/or sell copies of the "
-    r"software, and to permit persons to whom the software is furnished to do so, subject to the following conditions: "
-    r"the above copyright notice and this permission notice shall be included in all copies or substantial portions of "
-    r"the software\. the software is provided \W*as is"
-)
-_BSD = r"redistribution and use in source and binary forms, with or without modification, are permitted provided that "
-_GRANT = r"permission to use, copy, modify,?(?: and| and/or)? distribute this (?:python )?software"
-_HPND = (
-    rf"{_GRANT} and its (?:associated )?documentation for any purpose (?:and )?without fee is hereby granted, provided "
-    r"that the above copyright notice appears? in all copies,?(?: and)? that both that copyright notice and this "
-    r"permission notice appear in supporting documentation"
-)
-_CMU = r"by obtaining, using,? and/or copying this software and/or its associated documentation, you agree that you have"
-_ENDORSE = r"neither the names? of|names? .{1,200}?(?:may|must) not be used to endorse"
-# {license: patterns of a notice that must all match, or must not where a `!` stands before it}. Notices are in lower
-# case, without marks of comments, and with single spaces.
-_RULES = {
-    "MIT": (EXPAT.pattern, "!except as contained in this notice"),
-    "X11": (EXPAT.pattern, "except as contained in this notice"),
-    "BSD-2-Clause": (_BSD, f"!{_ENDORSE}", "!advertising"),
-    "BSD-3-Clause": (_BSD, _ENDORSE, "!advertising"),
-    "BSD-4-Clause": (_BSD, _ENDORSE, "all advertising materials"),
-    "Zlib": (
-        r"permission is granted to anyone to use this software for any purpose, including commercial applications, and "
-        r"to alter it and redistribute it freely, subject to the following restrictions",
-    ),
-    "ISC": (
-        rf"{_GRANT} for any purpose with or without fee is hereby granted, provided that the above copyright notice and "
-        r"this permission notice appear in all copies",
-    ),
-    "0BSD": (rf"{_GRANT} for any purpose with or without fee is hereby granted\.",),
-    "HPND": (_HPND, f"!{_CMU}"),
-    "MIT-CMU": (_CMU, _HPND),
-    "Apache-2.0": (r"licen[sc]ed under the apache license,? version 2\.0", "!llvm exceptions"),
-    "Apache-2.0 WITH LLVM-exception": (r"under the apache license v2\.0 with llvm exceptions",),
-    "MPL-1.1": (r"subject to the mozilla public license version 1\.1",),
-    "MPL-2.0": (r"subject to the terms of the mozilla public license, v(?:\.|ersion) ?2\.0",),
-    "BSL-1.0": (r"distributed under the boost software license,? version 1\.0",),
-    "CC0-1.0": (r"dedicated all copyright and related and neighboring rights to this \w+ to the public domain",),
-    "Unlicense": (r"this is free and unencumbered software released into the public domain",),
-    free_text.PUBLIC_DOMAIN: (
-        r"(?:this (?:file|code|module|software|program|work|script|library|source(?: code)?|header) is(?: hereby)?|"
-        r"(?:released|placed|put|dedicated|donated)) (?:in|into|to) the public domain",
-        r"!free and unencumbered software",
-        r"!and neighboring rights",
-        r"!\bnot (?:in|released|placed|put|dedicated|donated)",
-    ),
-}
-_GNU = re.compile(
-    r"gnu (affero |lesser |library )?general public license(?:,? ?\(\w+\))?,?(?: (?:version|v\.?) ?(\d(?:\.\d)?)(?: only)?)?"
-    r"(?: of the license)?,? as published by the free software foundation(?:[,;:]? (?:either )?version (\d(?:\.\d)?)"
-    r"(?: of the license)?(,? or,? ?\(?(?:at your option)?\)?,? any later version)?)?"
-)
 # What stands before the name of a license. The Apache license calls itself `the License`.
 _UNDER = re.compile(
-    r"(?:(?:licen[sc]ed|released|distributed)\sunder\s(?!the\slicen[sc]e\b)(?:the\s)?(?:terms\sof\s(?:the\s)?)?|@licen[sc]e:?\s|"
-    r"spdx-license-identifier:\s?)"
+    r"(?:licen[sc]ed|released|distributed)\sunder\s(?!the\s(?:licen[sc]e|terms)\b)(?:the\s|an?\s)?"
+    r"|(?:under|subject\sto)\sthe\sterms\sof\s(?:the\s|an?\s)?(?!licen[sc]e\b)|@licen[sc]e:?\s|spdx-license-identifier:\s?"
 )
-_SENTENCE_END = re.compile(r"\.(?:\s|$)|;|,? which |,? that |,? you may |,? see | \(see ")
+# Words between the name of a GNU license and its version.
+_FOUNDATION = re.compile(
+    r",?\sas\spublished\sby\sthe\sfree\ssoftware\sfoundation[,;:]?(?:\seither)?|\sof\sthe\slicense\b,?"
+)
+_SENTENCE_END = re.compile(r"(?<!\bv)\.(?:\s|$)|;|,? which |,? that |,? you may |,? see | \(see ")
+# A file that points to the license of its repository.
+_REFERS = re.compile(r"(?:found in|see|in) (?:the )?\W*(?:license|copying)\b[\w.]*\W* (?:file|in|for)")
 # Words of terms that are not open.
 _RESTRICTED = re.compile(
     r"non-?commercial|no derivativ|(?:academic|research|educational|personal|evaluation|internal) (?:use|purposes)|"
     r"confidential|proprietary"
 )
-_MARKS = re.compile(r"^[\s#*/;%!\"'<>-]*(?:(?:rem|dnl|\.\.) )?|[\s#*/]+$", re.MULTILINE)
+_MARKS = re.compile(r"^[ \t\r#*/;%!\"'<>-]*(?:(?:rem|dnl|\.\.) )?|[ \t\r#*/]+$", re.MULTILINE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +66,8 @@ class Notice:
 def in_header(text: str, granted: re.Pattern[str] | None = None, within: int = HEADER) -> Notice | None:
     """Returns the notice in the header of a source file; None if it states no terms.
 
-    A copyright notice without terms is none, but `All rights reserved` is.
+    A copyright notice without terms is none, but `All rights reserved` is, unless the header points to the license of
+    the repository.
 
     Args:
         text: The file.
@@ -132,7 +86,10 @@ def in_header(text: str, granted: re.Pattern[str] | None = None, within: int = H
         if match.start() >= read:
             read = match.start() + AFTER
             licenses.add(_license_of(header[max(0, match.start() - BEFORE) : read]))
-    return Notice(_line(header, matches[0]), free_text.all_of(licenses))
+    license, plain = free_text.all_of(licenses), " ".join(_plain(header).split())
+    if license is None and granted is None and _REFERS.search(plain) and not _RESTRICTED.search(plain):
+        return None
+    return Notice(_line(header, matches[0]), license)
 
 
 def in_footer(text: str) -> Notice | None:
@@ -147,7 +104,8 @@ def in_footer(text: str) -> Notice | None:
 
 
 def _line(text: str, match: re.Match[str]) -> str:
-    start, end = text.rfind("\n", 0, match.start()) + 1, text.find("\n", match.end())
+    # A page may be one line.
+    start, end = max(text.rfind("\n", 0, match.start()) + 1, match.start() - 100), text.find("\n", match.end())
     return text[start : end if end >= 0 else None].strip("# \t\r")
 
 
@@ -156,20 +114,15 @@ def _plain(text: str) -> str:
 
 
 def _license_of(text: str) -> str | None:
-    """Returns the expression of all notices in a text; None if one of them is unknown, or if it is restricted."""
-    lines = _plain(text)
+    """Returns the expression of all notices in a text; None if one is unknown, or if other words restrict it."""
+    lines = _FOUNDATION.sub("", _plain(text))
     plain = " ".join(lines.split())
-    if _RESTRICTED.search(plain.replace("commercial or non-commercial", "")):
-        return None
-    found: set[str | None] = {license for license, patterns in _RULES.items() if _holds(patterns, plain)}
-    for kind, version, either, later in _GNU.findall(plain):
-        name = {"affero": "AGPL", "lesser": "LGPL", "library": "LGPL"}.get(kind.strip(), "GPL")
-        number = version or either
-        written = f"{name}-{number if '.' in number else f'{number}.0'}-{'or-later' if later else 'only'}"
-        found.add(free_text.current_spdx(written) if number else None)
+    found: set[str | None] = {license for license, rule in _rules().items() if _holds(rule, plain)}
     for match in _UNDER.finditer(lines):
         found.add(_named(lines[match.end() : match.end() + 200]))
-    return free_text.all_of(found) if found else None
+    license = free_text.all_of(found) if found else None
+    is_restricted = _RESTRICTED.search(plain.replace("commercial or non-commercial", ""))
+    return license if license and (not is_restricted or free_text.RESTRICTED.search(license)) else None
 
 
 def _named(text: str) -> str | None:
@@ -179,5 +132,20 @@ def _named(text: str) -> str | None:
     return free_text.expression_of(sentence) or free_text.expression_of(line)
 
 
-def _holds(patterns: tuple[str, ...], plain: str) -> bool:
-    return all((re.search(each.lstrip("!"), plain) is None) == each.startswith("!") for each in patterns)
+def is_expat(text: str) -> bool:
+    """Returns True for a text that holds the beginning of the license that SPDX calls MIT."""
+    return bool(_rules()["MIT"]["text"][0].search(" ".join(text[:20_000].casefold().split())))
+
+
+@cache
+def _rules() -> dict[str, dict[str, list[re.Pattern[str]]]]:
+    """Returns notices.yaml."""
+    listed: dict[str, Any] = parse_yaml((files(__package__) / "notices.yaml").read_bytes(), "license notices")
+    return {
+        license: {name: [re.compile(pattern) for pattern in rule.get(name, ())] for name in ("text", "without")}
+        for license, rule in listed.items()
+    }
+
+
+def _holds(rule: dict[str, list[re.Pattern[str]]], plain: str) -> bool:
+    return all(each.search(plain) for each in rule["text"]) and not any(each.search(plain) for each in rule["without"])

@@ -15,8 +15,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from pipeline.core.bounds import spdx
+from stages.data.acquire.licenses import notices
 from stages.data.acquire.licenses.expressions import LicenseMap
-from stages.data.acquire.licenses.notices import EXPAT
 
 FORMAT_FIELDS = ("format", "format-specification")
 # Files that debhelper installs from the folder debian/ of a source package.
@@ -30,8 +30,6 @@ WILDCARD = re.compile(r"(?<!\\)[*?]")
 INSTALLED_DOCUMENTS = re.compile(r"usr/share/(?:doc|gtk-doc|help|info|man)/")
 # Of a source package: a pattern, and its end in such a folder.
 DOCUMENT_FOLDERS = re.compile(r"(?:.*/)?(?:docs?|documentation|man|manual)/(.*)", re.IGNORECASE)
-# Characters of a license field in which that text is sought.
-EXPAT_WITHIN = 20_000
 # Of a file; libboost1.88-doc has 4,800. A file of more gives no license.
 MAX_PATTERNS = 50_000
 # Names that packages use for that text and for others.
@@ -174,15 +172,11 @@ def _license(paragraph: Mapping[str, str], texts: Mapping[str, str], names: Lice
     for word in set(re.findall(r"[A-Za-z0-9.-]+", name)):
         stands_for = EXPAT_NAMES.get(word, word)
         # Several licenses are called MIT; only the text tells which one is meant.
-        if word in EXPAT_NAMES and not EXPAT.search(_words(text or texts.get(word, ""))):
+        if word in EXPAT_NAMES and not notices.is_expat(text or texts.get(word, "")):
             continue
         with suppress(ValueError):
             identifiers[word] = spdx(stands_for)
     return License(name, names.extended(identifiers).expression(name) if identifiers else None)
-
-
-def _words(text: str) -> str:
-    return " ".join(text[:EXPAT_WITHIN].casefold().split())
 
 
 def _all_of(licenses: list[License]) -> License:

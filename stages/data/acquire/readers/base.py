@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal
 
 from pipeline.core.bounds import LongLine, Range
 from pipeline.core.errors import AtomError, RecipeError
@@ -91,6 +91,14 @@ class Document:
     author: str = ""
     stated: str = ""
 
+    def under(self, notice: LicenseNotice | None) -> Document | Unmapped:
+        """Returns the document under the license of a notice in its own text, which goes before any other."""
+        if notice is None:
+            return self
+        if notice.license is None:
+            return Unmapped(self.name, self.text, notice.stated, "notice")
+        return replace(self, license=notice.license, license_found="notice", stated=notice.stated)
+
 
 @dataclass(frozen=True, slots=True)
 class Unreadable:
@@ -155,11 +163,6 @@ class Refused:
 
 
 @dataclass(frozen=True, slots=True)
-class LeftOut:
-    """A row that the settings of its reader leave out, which is counted and is no document of the source."""
-
-
-@dataclass(frozen=True, slots=True)
 class Notice:
     """The text of a license or a notice in a file of a package.
 
@@ -182,17 +185,8 @@ REFUSED_RULES = {
     "derivatives": "license/no-derivatives",
     "generation": "generation/unusable",
 }
-# What a reader yields.
-Read = Document | Unreadable | Failed | Unmapped | Refused | LeftOut
-
-
-def under_notice(document: Document, notice: LicenseNotice | None) -> Document | Unmapped:
-    """Returns a document under the license of a notice in its own text, which goes before any other."""
-    if notice is None:
-        return document
-    if notice.license is None:
-        return Unmapped(document.name, document.text, notice.stated, "notice")
-    return replace(document, license=notice.license, license_found="notice", stated=notice.stated)
+# What a reader yields; None for a row that its settings leave out, which is counted and is no document of the source.
+Read = Document | Unreadable | Failed | Unmapped | Refused | None
 
 
 def is_unicode(text: str) -> bool:
@@ -442,28 +436,27 @@ def report_refusals(source: str, refusals: Counter[str], licenses: dict[str, Any
 
 
 class LicenseTally:
-    """Counts of documents and bytes by license and how it was found, and of the strings that have no license."""
+    """Counts of documents and bytes by license and how it was found, and of the strings that state licenses."""
 
     def __init__(self) -> None:
         self.documents = Counter[tuple[str, str]]()
         self.bytes = Counter[tuple[str, str]]()
-        self.unmapped = Counter[str]()
         self.strings = Counter[tuple[str, str]]()
 
     def add(self, license: str, basis: str, size: int, stated: str = "") -> None:
         self.documents[license, basis] += 1
         self.bytes[license, basis] += size
-        # An expression is its own evidence.
-        if stated and stated != license:
-            _count(self.strings, (_shortened(stated), license))
+        key = (license, " ".join(stated.split())[:200])
+        # An expression is its own evidence. A free text could differ in every document; memory must not grow with them.
+        if basis and stated != license and (key in self.strings or len(self.strings) < MOST_STRINGS):
+            self.strings[key] += 1
 
     def add_unmapped(self, document: Unmapped) -> None:
-        self.add(UNMAPPED, document.license_found if document.license else "none", len(document.text.encode()))
-        _count(self.unmapped, _shortened(document.license))
+        basis = document.license_found if document.license else "none"
+        self.add(UNMAPPED, basis, len(document.text.encode()), document.license)
 
     def facts(self) -> dict[str, Any]:
-        """Returns the counts as JSON: `licenses`, and the most frequent strings of `licenses_stated` and
-        `licenses_unmapped`.
+        """Returns the counts as JSON: `licenses`, and the most frequent strings, with and without a license.
 
         Empty for a source whose license is that of every document.
         """
@@ -474,19 +467,20 @@ class LicenseTally:
             {"license": license, "found": basis, "documents": count, "bytes": self.bytes[license, basis]}
             for (license, basis), count in sorted(self.documents.items())
         ]
+        strings = sorted(self.strings.items(), key=lambda item: (-item[1], item[0]))
+        unmapped = [{"string": text, "documents": n} for (license, text), n in strings if license == UNMAPPED]
         stated = [
-            {"string": string, "license": license, "documents": count}
-            for (string, license), count in _most_frequent(self.strings)
+            {"string": text, "license": license, "documents": n}
+            for (license, text), n in strings
+            if text and license != UNMAPPED
         ]
-        unmapped = [{"string": string, "documents": count} for string, count in _most_frequent(self.unmapped)]
-        lists = {"licenses_stated": stated, "licenses_unmapped": unmapped}
-        return {"licenses": rows, **{name: listed for name, listed in lists.items() if listed}}
+        lists = {"licenses_stated": stated[:LISTED], "licenses_unmapped": unmapped[:LISTED]}
+        return {"licenses": rows} | {name: listed for name, listed in lists.items() if listed}
 
     def part_facts(self) -> dict[str, Any]:
         """Returns the counts as JSON, for `joined`."""
         counts = [[*key, count, self.bytes[key]] for key, count in sorted(self.documents.items())]
-        strings = [[*key, count] for key, count in sorted(self.strings.items())]
-        return {"counts": counts, "unmapped": sorted(self.unmapped.items()), "strings": strings}
+        return {"counts": counts, "strings": [[*key, count] for key, count in sorted(self.strings.items())]}
 
     @classmethod
     def joined(cls, parts: Iterable[dict[str, Any]]) -> LicenseTally:
@@ -496,24 +490,6 @@ class LicenseTally:
             for license, basis, documents, size in part["counts"]:
                 tally.documents[license, basis] += documents
                 tally.bytes[license, basis] += size
-            tally.unmapped.update(dict(part["unmapped"]))
-            for string, license, count in part["strings"]:
-                tally.strings[string, license] += count
+            for license, string, documents in part["strings"]:
+                tally.strings[license, string] += documents
         return tally
-
-
-Key = TypeVar("Key", str, tuple[str, str])
-
-
-def _count(counts: Counter[Key], key: Key) -> None:
-    # A free text as a license could differ in every document; memory must not grow with them.
-    if key in counts or len(counts) < MOST_STRINGS:
-        counts[key] += 1
-
-
-def _most_frequent(counts: Counter[Key]) -> list[tuple[Key, int]]:
-    return sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:LISTED]
-
-
-def _shortened(string: str) -> str:
-    return " ".join(string.split())[:200]

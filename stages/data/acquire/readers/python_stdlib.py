@@ -23,7 +23,7 @@ from typing import Literal
 
 from pipeline.core.stage import added
 from stages.data.acquire.licenses import notices
-from stages.data.acquire.readers.base import Document, Files, SampledReader, Unmapped, Unreadable, is_unicode, under_notice
+from stages.data.acquire.readers.base import Document, Files, SampledReader, Unmapped, Unreadable, is_unicode
 
 # Address of a file of the library at the tag of a version of Python.
 ADDRESS = "https://github.com/python/cpython/blob/v{version}/Lib/{path}"
@@ -80,7 +80,7 @@ def read(files: Files, unit: Unit) -> Iterator[Found]:
         for definition, text in _texts(tree, lines, unit):
             name = f"{relative}:{definition}" if definition else relative
             if text and is_unicode(text):
-                yield under_notice(Document(name, text, relative, url=url), notice)
+                yield Document(name, text, relative, url=url).under(notice)
 
 
 def _texts(tree: ast.Module, lines: Sequence[str], unit: Unit) -> Iterator[tuple[str, str | None]]:

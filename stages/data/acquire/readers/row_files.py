@@ -19,18 +19,7 @@ from pipeline.core.errors import AtomError
 from pipeline.core.stage import added
 from stages.data.acquire.licenses import notices
 from stages.data.acquire.licenses.expressions import LicenseMap, MapName, load_map
-from stages.data.acquire.readers.base import (
-    Document,
-    Failed,
-    FileReader,
-    Files,
-    LeftOut,
-    Read,
-    Unmapped,
-    Unreadable,
-    is_unicode,
-    under_notice,
-)
+from stages.data.acquire.readers.base import Document, Failed, FileReader, Files, Read, Unmapped, Unreadable, is_unicode
 
 # The name of a field or column in a user's files, or the path of a nested one, such as metadata.license.
 Column = Line
@@ -82,7 +71,7 @@ class RowReader(FileReader):
     """shipped map for the strings of license_field that are local to a source; null: none is"""
     license_strings: LicenseStrings = added({})
     """SPDX expressions by strings of license_field, which come before those of license_map"""
-    notices: Literal["header", "footer"] | None = added(None)
+    license_notice: Literal["header", "footer"] | None = added(None)
     """place where texts may state a license of their own, which comes before license_field: header of a source file, or
     footer of a page; null: nowhere"""
     where: Values = added({})
@@ -179,7 +168,7 @@ class RowReader(FileReader):
                 yield row
                 continue
             if not all(_has(row, field, values) for field, values in self.where.items()):
-                yield LeftOut()
+                yield None
                 continue
             try:
                 content, name = self._content(row), self._name(row)
@@ -208,10 +197,10 @@ class RowReader(FileReader):
         )
         url, credit = _url(stated_url), (_names(title), _names(author))
         document = Document(name, text, row.file, prompt_chars, None, url, "", parents, *credit)
-        if self.notices is not None:
-            notice = notices.in_header(text) if self.notices == "header" else notices.in_footer(text)
+        if self.license_notice is not None:
+            notice = notices.in_header(text) if self.license_notice == "header" else notices.in_footer(text)
             if notice is not None:
-                return under_notice(document, notice)
+                return document.under(notice)
         if self.license_field is None:
             return document
         stated = field_at(row.fields, self.license_field)
