@@ -64,8 +64,8 @@ def _vocabulary() -> dict[str, Any]:
     fields: dict[str, Any] = parse_yaml((files(__package__) / "free_text.yaml").read_bytes(), "names of licenses")
     names, renamed, commons = [], fields["renamed"], fields["creative_commons"]
     for license, phrases in fields["licenses"].items():
-        version = re.search(r"-(\d[\d.]*)$", license)
-        names += [(phrase, {"": license} | ({_short(version[1]): license} if version else {})) for phrase in phrases]
+        number = re.search(r"-(\d[\d.]*)$", license)
+        names += [(phrase, {"": license} | ({_short(number[1]): license} if number else {})) for phrase in phrases]
     for family, (phrases, versions) in fields["versioned"].items():
         exact, later = ("-only", "-or-later") if family in fields["gnu"] else ("", "+")
         licenses = {"": renamed.get(f"{family}-unversioned", f"LicenseRef-{family}-unversioned")}
