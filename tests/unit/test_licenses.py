@@ -26,7 +26,7 @@ DIGESTS = {
     "tulu-3": "223821a0a",
     "dep5": "d54d098f1",
     "pep639": "1c2003c16",
-    "free_text": "7f157ddd0",
+    "free_text": "590a32e07",
     "notices": "b1c0b4cd0",
 }
 """The first digits of the SHA-256 of each file of licenses, and the version of acquire that reads them."""

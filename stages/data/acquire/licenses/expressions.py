@@ -193,18 +193,21 @@ class AllowedLicenses:
         self.allows = lru_cache(maxsize=100_000)(self._allows)
 
     def _allows(self, license: str) -> bool:
-        if license in self._allowed:
-            return True
-        # In place of each license its verdict, then of each pair of brackets.
-        text = re.sub(r"[^\s()]+( WITH [^\s()]+)?", self._verdict, license)
-        while (group := re.search(r"\(([^()]*)\)", text)) is not None:
-            text = f"{text[: group.start()]}{_one_holds(group[1]):d}{text[group.end() :]}"
-        return _one_holds(text)
+        return license in self._allowed or _holds(license, lambda name: name in self._allowed)
 
-    def _verdict(self, match: re.Match[str]) -> str:
-        if match[0] in ("AND", "OR"):
-            return match[0]
-        return "1" if match[0] in self._allowed or match[0].partition(" ")[0] in self._allowed else "0"
+
+def _holds(expression: str, verdict: Callable[[str], bool]) -> bool:
+    """Returns True if the licenses for which `verdict` is true fulfill an SPDX expression; False for another text."""
+
+    def digit(match: re.Match[str]) -> str:
+        name = match[0]
+        return name if name in ("AND", "OR") else f"{verdict(name) or verdict(name.partition(' ')[0]):d}"
+
+    # In place of each license its verdict, then of each pair of brackets.
+    text = re.sub(r"[^\s()]+( WITH [^\s()]+)?", digit, expression)
+    while (group := re.search(r"\(([^()]*)\)", text)) is not None:
+        text = f"{text[: group.start()]}{_one_holds(group[1]):d}{text[group.end() :]}"
+    return _one_holds(text)
 
 
 def _one_holds(text: str) -> bool:
@@ -217,12 +220,9 @@ def forbids_derivatives(expression: str) -> bool:
 
     It forbids them if each of its alternatives does. True also for a text that is no expression.
     """
-    identifiers = re.findall(r"[^\s()]+", re.sub(r" WITH \S+", "", expression))
-    # Allowed is every other license in the expression, so an alternative without ND is enough.
-    allowed = [name for name in identifiers if not NO_DERIVATIVES.search(name) and name not in ("AND", "OR")]
     try:
-        return not AllowedLicenses(allowed).allows(expression)
-    except ValueError:  # of a name that is none of SPDX
+        return not _holds(spdx(expression), lambda name: not NO_DERIVATIVES.search(name.partition(" ")[0]))
+    except (ValueError, RecursionError):
         return True
 
 

@@ -90,6 +90,7 @@ def words(text: str) -> Words:
     """Returns the words, numbers, operators and addresses of a text, in lower case."""
     text = unicodedata.normalize("NFKC", html.unescape(text))
     text = " ".join(_TAG.sub(" ", _LINK.sub(r" \1 ", text)).casefold().split())
+    text = re.sub(r"(?:,| \() ?(?=or )", " ", text)
     # R packages write `GPL (>= 2)`; `only` says no more than the version before it.
     text = re.sub(r"(?<=\d)[ -]only\b", "", re.sub(r">=\s*(\d[\d.]*)", r"\1+", OR_LATER.sub("+", text)))
     tokens: list[str] = []
@@ -219,7 +220,11 @@ class _Statement:
         if not elements or (version == "" and not prefix):
             self.bare.add(f"CC-{kind}-" if kind else "CC-")
             return "", position
-        if not kind.startswith("BY") or {"ND", "SA"} <= elements or not (prefix or edition or region):
+        if (
+            not kind.startswith("BY")
+            or {"ND", "SA"} <= elements
+            or not (prefix or edition or region or len(elements) > 1)
+        ):
             return None, position
         if version == "":
             return addresses.creative_commons(kind, None), position
