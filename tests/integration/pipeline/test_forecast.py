@@ -129,7 +129,7 @@ def test_plan_for_a_cluster(tmp_path: Path) -> None:
     assert {"acquire-commons", "filter", "duplicates", "dedup", "tokenize"} <= set(hours), (
         "its corpus has an expected size"
     )
-    assert all(0.03 < hours[name] < 24 for name in ("acquire-commons", "filter", "duplicates", "dedup", "tokenize"))
+    assert all(0.01 < hours[name] < 24 for name in ("acquire-commons", "filter", "duplicates", "dedup", "tokenize"))
     assert beyond in with_cluster.splitlines() and section["assumed"][0] in with_cluster.splitlines()
 
 
