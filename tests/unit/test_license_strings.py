@@ -150,6 +150,7 @@ NOTICES: list[tuple[str, str | None]] = [
     ("Copyright (c) Example. All rights reserved.\nLicensed under the MIT License. See License.txt.", "MIT"),
     ("@license MIT\n@author A. Author", "MIT"),
     ("Licensed under CC BY-NC 4.0", "CC-BY-NC-4.0"),
+    ("From an answer (https://creativecommons.org/licenses/by-sa/4.0/).", "CC-BY-SA-4.0"),
     (f"{EXPAT}\nPortions released under the terms of the MIT license.", "MIT"),
     (f"{EXPAT}\nPortions licensed under the Example License.", None),
     ("Released under the MIT License for non-commercial use only.", None),
@@ -189,6 +190,11 @@ FOOTERS = {
         True, "CC-BY-NC-4.0",
     ),
     "Licensed under terms for non-commercial use.": (True, None),
+    "Licensed under a Creative Commons Attribution License, https://creativecommons.org/licenses/by/3.0/.": (
+        True, "CC-BY-3.0",
+    ),
+    "Shared by the author, see https://creativecommons.org/licenses/by-nc/4.0/.": (True, "CC-BY-NC-4.0"),
+    "Available under a Creative Commons noncommercial license": (True, None),
     "The film was licensed under an exclusive contract in 1999.": (False, None),
     "The public domain is the subject of the next chapter.": (False, None),
 }  # fmt: skip

@@ -7,13 +7,12 @@ from urllib.parse import urlsplit
 
 from pipeline.core.bounds import spdx
 
-_KIND_NAMES = "by by-sa by-nd by-nc by-nc-sa by-nc-nd by-nd-nc sa nd nc nc-sa nd-nc"
-_KINDS = frozenset(_KIND_NAMES.split())
 VERSIONS = ("1.0", "2.0", "2.1", "2.5", "3.0", "4.0")
 # A deed or the text of a license in a language.
 _PAGE = r"(?:/(?:deed|legalcode)(?:\.[a-z]{2}(?:[_-][a-z]{2,4})?)?)?"
 _CREATIVE_COMMONS = re.compile(
-    rf"/licen[cs]es/([a-z-]+)(?:/({'|'.join(map(re.escape, VERSIONS))})(?:/([a-z]{{2}}|igo|scotland))?{_PAGE})?"
+    r"/licen[cs]es/(by(?:-nc)?(?:-sa|-nd)?|by-nd-nc|sa|nd|nc|nc-sa|nd-nc)"
+    rf"(?:/({'|'.join(map(re.escape, VERSIONS))})(?:/([a-z]{{2}}|igo|scotland))?{_PAGE})?"
 )
 _PUBLIC_DOMAIN = re.compile(rf"/publicdomain/(zero|mark)/1\.0{_PAGE}")
 _DEDICATION = re.compile(rf"/licenses/publicdomain{_PAGE}")
@@ -65,8 +64,7 @@ def creative_commons(kind: str, version: str | None, region: str | None = None) 
 
 
 def _creative_commons(path: str) -> str | None:
-    match = _CREATIVE_COMMONS.fullmatch(path)
-    if match and match[1] in _KINDS:
+    if match := _CREATIVE_COMMONS.fullmatch(path):
         # Version 1.0 has the parts in another order than SPDX and the later versions.
         return creative_commons(match[1].upper().replace("ND-NC", "NC-ND"), match[2], match[3])
     if match := _PUBLIC_DOMAIN.fullmatch(path):

@@ -262,7 +262,7 @@ class _Statement:
         stated = [license for license, _ in self.licenses]
         if not all(any(start in license for license in stated) for start in self.bare):
             return None
-        exact = {license: _most_exact(license, stated) for license in stated}
+        exact = {license: most_exact(license, stated) for license in stated}
         pairs = pairwise((exact[license], operator) for license, operator in self.licenses)
         operators = {operator for (previous, _), (license, operator) in pairs if previous != license}
         distinct = sorted(set(exact.values()), key=str.lower)
@@ -273,7 +273,7 @@ class _Statement:
         return None if any(map(RESTRICTED.search, distinct)) else " OR ".join(distinct)
 
 
-def _most_exact(license: str, stated: Sequence[str]) -> str:
+def most_exact(license: str, stated: Sequence[str]) -> str:
     """Returns the one license of a string that says more than this one, or this one."""
     if license == PUBLIC_DOMAIN:
         return next((dedication for dedication in DEDICATIONS if dedication in stated), license)

@@ -10,7 +10,6 @@ import re
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
-from typing import Any
 
 from pipeline.core.yaml_text import parse_yaml
 from stages.data.acquire.licenses import free_text
@@ -26,7 +25,7 @@ _GAP = r"[\s#*/;%-]+"
 TERMS = re.compile(
     rf"permission{_GAP}(?:is|to{_GAP}(?:use|copy))|redistribut|SPDX-License-Identifier|licen[sc]ed{_GAP}under"
     rf"|public{_GAP}domain|@licen[sc]e\b|general{_GAP}public{_GAP}license|mozilla{_GAP}public{_GAP}license"
-    rf"|boost{_GAP}software{_GAP}license|(?:released|distributed){_GAP}under{_GAP}the{_GAP}",
+    rf"|boost{_GAP}software{_GAP}license|creativecommons\.org/licen|(?:released|distributed){_GAP}under{_GAP}the{_GAP}",
     re.IGNORECASE,
 )
 RESERVED = re.compile(rf"all{_GAP}rights{_GAP}reserved", re.IGNORECASE)
@@ -35,6 +34,7 @@ _UNDER = re.compile(
     r"(?:licen[sc]ed|released|distributed)\sunder\s(?!the\s(?:licen[sc]e|terms)\b)(?:the\s|an?\s)?"
     r"|(?:under|subject\sto)\sthe\sterms\sof\s(?:the\s|an?\s)?(?!licen[sc]e\b)|@licen[sc]e:?\s|spdx-license-identifier:\s?"
 )
+_COMMONS = re.compile(r"(?:https?:)?//[\w.]*creativecommons\.org/licen[^\s\"'<>()]+[^\s\"'<>().,;:]")
 # Words between the name of a GNU license and its version.
 _FOUNDATION = re.compile(
     r",?\sas\spublished\sby\sthe\sfree\ssoftware\sfoundation[,;:]?(?:\seither)?|\sof\sthe\slicense\b,?"
@@ -120,7 +120,9 @@ def _license_of(text: str) -> str | None:
     found: set[str | None] = {license for license, rule in _rules().items() if _holds(rule, plain)}
     for match in _UNDER.finditer(lines):
         found.add(_named(lines[match.end() : match.end() + 200]))
-    license = free_text.all_of(found) if found else None
+    found |= set(map(free_text.expression_of, _COMMONS.findall(lines)))
+    known = [each for each in found if each]
+    license = free_text.all_of({each and free_text.most_exact(each, known) for each in found}) if found else None
     is_restricted = _RESTRICTED.search(plain.replace("commercial or non-commercial", ""))
     return license if license and (not is_restricted or free_text.RESTRICTED.search(license)) else None
 
@@ -134,18 +136,17 @@ def _named(text: str) -> str | None:
 
 def is_expat(text: str) -> bool:
     """Returns True for a text that holds the beginning of the license that SPDX calls MIT."""
-    return bool(_rules()["MIT"]["text"][0].search(" ".join(text[:20_000].casefold().split())))
+    return bool(re.search(_rules()["MIT"]["text"][0], " ".join(text[:20_000].casefold().split())))
 
 
 @cache
-def _rules() -> dict[str, dict[str, list[re.Pattern[str]]]]:
-    """Returns notices.yaml."""
-    listed: dict[str, Any] = parse_yaml((files(__package__) / "notices.yaml").read_bytes(), "license notices")
-    return {
-        license: {name: [re.compile(pattern) for pattern in rule.get(name, ())] for name in ("text", "without")}
-        for license, rule in listed.items()
-    }
+def _rules() -> dict[str, dict[str, list[str]]]:
+    rules: dict[str, dict[str, list[str]]] = parse_yaml(
+        (files(__package__) / "notices.yaml").read_bytes(), "license notices"
+    )
+    return rules
 
 
-def _holds(rule: dict[str, list[re.Pattern[str]]], plain: str) -> bool:
-    return all(each.search(plain) for each in rule["text"]) and not any(each.search(plain) for each in rule["without"])
+def _holds(rule: dict[str, list[str]], plain: str) -> bool:
+    found = [re.search(pattern, plain) for pattern in rule.get("without", ())]
+    return all(re.search(pattern, plain) for pattern in rule["text"]) and not any(found)
