@@ -59,6 +59,7 @@ STAGES = {
     "generate": "stages.data.acquire.generate_stage",
     "items": "stages.tasks.eval_set",
     "benchmarks": "stages.tasks.benchmarks",
+    "classifier": "stages.data.curate.classifier_stage",
     "filter": "stages.data.curate.filter_stage",
     "duplicates": "stages.data.curate.duplicates_stage",
     "representatives": "stages.data.curate.representatives_stage",

@@ -157,9 +157,12 @@ DATA_TABLES: tuple[CardTable[DataFacts], ...] = (
     CardTable("order", tables.order),
     # Licenses and origins.
     CardTable("licenses", tables.license_evidence),
+    CardTable("notice", document_tables.notice, heading="About these texts"),
     CardTable("document_licenses", document_tables.licenses, heading="Licenses of the documents"),
     CardTable("synthetic", document_tables.synthetic, heading="Synthetic text"),
     CardTable("by_reference", document_tables.by_reference, heading="Texts by reference"),
+    CardTable("pipelines", document_tables.pipelines, heading="Steps of curation"),
+    CardTable("classifiers", document_tables.classifiers, heading="Classifiers"),
     CardTable("languages", document_tables.languages, heading="Languages of the documents"),
     CardTable("opt_outs", document_tables.opt_outs, heading="Opt-outs"),
 )
@@ -192,6 +195,7 @@ RELEASE_TABLES: tuple[CardTable[ReleaseFacts], ...] = (
     # Data and settings.
     CardTable("shares", _shares),
     CardTable("licenses", _licenses),
+    CardTable("notice", lambda release: document_tables.notice(release.data), heading="About the training texts"),
     CardTable("changes", lambda release: tables.changes(release.changes)),
     CardTable("interventions", lambda release: tables.interventions(release.interventions_of_model())),
     CardTable(

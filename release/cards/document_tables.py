@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from pipeline.core.text import escaped
 from release.cards.tables import count, explained_table, table
 from release.facts.data_facts import DataFacts, SourceFacts
@@ -101,6 +103,55 @@ def synthetic(data: DataFacts) -> list[str]:
         "the generator, the prompt, the settings of the sampler and the seed, and `dispositions/` names the generator."
     )
     return [sentence, "", *items]
+
+
+def notice(data: DataFacts) -> list[str]:
+    """Returns the paragraph of the data recipe on its corpus, such as on licenses; none without one."""
+    stated = data.curation.get("notice")
+    return [escaped(" ".join(stated.split()))] if stated else []
+
+
+def pipelines(data: DataFacts) -> list[str]:
+    """Returns the steps of each pipeline with their settings, and its sources; none without pipelines."""
+    sources_of_steps: dict[tuple[str, str], list[str]] = {}
+    for source, row in data.curation.get("sources", {}).items():
+        steps = ", then ".join(map(_step, row["steps"])) or "no steps"
+        sources_of_steps.setdefault((row["pipeline"] or "no pipeline", steps), []).append(source)
+    items = [
+        f"- **{escaped(pipeline)}** ({', '.join(sources)}): {steps}."
+        for (pipeline, steps), sources in sources_of_steps.items()
+    ]
+    sentence = (
+        "The steps that each document passed, in their order. Settings that a step does not show are the defaults of "
+        "its class. Documents with access tokens or private keys were removed from every source. Toxicity was not "
+        "measured."
+    )
+    return [sentence, "", *items] if items else []
+
+
+def _step(step: dict[str, Any]) -> str:
+    settings = [f"{name} {value}" for name, value in step["settings"].items() if value not in ("", None)]
+    return f"`{_code(step['name'])}`" + (f" ({escaped(', '.join(settings))})" if settings else "")
+
+
+def classifiers(data: DataFacts) -> list[str]:
+    """Returns what the classifiers of the data recipe measured on held-out examples; none without classifiers."""
+    body = []
+    for name, row in data.curation.get("classifiers", {}).items():
+        settings, examples = row["classifier"], row["examples"]
+        labels = [
+            f"{', '.join(settings[label])}: {count(examples[f'{label}_train'])} + {count(examples[f'{label}_heldout'])}"
+            for label in ("positive", "negative")
+        ]
+        figures = [f"{value:.3f}" for value in (settings["keep"], row["threshold"], row["precision"], row["recall"])]
+        body.append([name, *map(escaped, labels), *figures])
+    sentence = (
+        "fastText models, trained on documents of sources of this corpus. Examples are those of training + held-out "
+        "ones. A document is kept if it scores above the threshold, as the share `keep` of the held-out negative "
+        "examples does. Precision and recall are those on the held-out examples."
+    )
+    head = ["classifier", "positive examples", "negative examples", "keep", "threshold", "precision", "recall"]
+    return explained_table(sentence, head, body)
 
 
 def languages(data: DataFacts) -> list[str]:

@@ -121,6 +121,7 @@ class DataFacts:
         by_reference: {source without published texts: where its files are}
         messages: {source: splits} of the tables of conversations.
         published_reasons: {source that a model wrote from one by reference: why its texts are published}
+        curation: The notice, the steps of each source and what classifiers measured; empty without pipelines and notice.
         first_documents: {source: (id, beginning of the text)} of the first training document of some sources.
     """
 
@@ -133,6 +134,7 @@ class DataFacts:
     by_reference: dict[str, str] = field(default_factory=dict)
     messages: dict[str, list[str]] = field(default_factory=dict)
     published_reasons: dict[str, str] = field(default_factory=dict)
+    curation: dict[str, Any] = field(default_factory=dict)
     first_documents: dict[str, tuple[str, str]] = field(default_factory=dict)
 
     def sources_read(self, phase: str) -> set[str]:
@@ -162,6 +164,7 @@ def read_data_facts(dataset: Path) -> DataFacts:
         {name: reference.origin for name, reference in references.read(dataset).items()},
         message_tables.published(dataset),
         dict(references.published_reasons(dataset)),
+        read_json(path) if (path := dataset / layout.CURATION).exists() else {},
         dict(_first_documents(dataset)),
     )
 

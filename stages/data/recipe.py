@@ -29,6 +29,7 @@ from stages.data.acquire.sources import Source, resolve_tree_digest
 from stages.data.blocks import Block, Extensions, extension_folders
 from stages.data.curate import deny_list
 from stages.data.curate.alarms import RULES, Acknowledged
+from stages.data.curate.classifier_stage import ClassifierSettings
 from stages.data.curate.dedup_stage import DedupSource
 from stages.data.curate.duplicates_stage import SearchedSource
 from stages.data.curate.filter_stage import FilteredSource
@@ -50,6 +51,8 @@ class SourceConfig(Source):
     whose first group names its work; null: that of the reader, such as package or host, or each document by itself"""
     license_allow: Licenses = added(())
     """SPDX licenses of documents that are kept; of `A OR B` one must be listed, of `A AND B` both; empty: all"""
+    pipeline: Key | None = added(None)
+    """name of one of `pipelines`, whose steps come before those of `steps`; null: none"""
     steps: tuple[AnyFilter, ...] = Field((), max_length=MAX_STEPS)
     """curation steps, in order"""
     acknowledged_removals: Acknowledged = operational({})
@@ -87,6 +90,12 @@ class DataRecipe(Config):
     """short description of the corpus"""
     sources: tuple[SourceConfig, ...] = Field(min_length=1, max_length=MOST_SOURCES)
     """sources of the corpus; exact duplicates are decided in their order"""
+    pipelines: dict[Key, tuple[AnyFilter, ...]] = operational({}, max_length=MAX_STEPS)
+    """curation steps by the kind of text, such as web or scans, for sources to name"""
+    classifiers: tuple[ClassifierSettings, ...] = added((), max_length=MOST_SOURCES)
+    """classifiers, each trained on documents of some sources, for steps to name"""
+    notice: Text | None = added(None)
+    """paragraph that the cards of the data and of the models print, such as on licenses; null: none"""
     curation: CurationSettings = CurationSettings()
     """curation of all sources together"""
     extensions: Extensions = operational(())
@@ -104,6 +113,20 @@ class DataRecipe(Config):
         duplicates = sorted(name for name, count in counts.items() if count > 1)
         if duplicates:
             raise ValueError(f"two sources are named {duplicates[0]}; names must differ")
+        return self
+
+    @model_validator(mode="after")
+    def _check_classifiers(self) -> DataRecipe:
+        sources = {source.name: source for source in self.sources}
+        names = {f"classifier-{classifier.name}" for classifier in self.classifiers}
+        used = {name for source in self.sources for step in source.steps for name in step.inputs}
+        if missing := sorted(used - names):
+            raise ValueError(f"a step reads {missing[0]}, which `classifiers` does not have; add it")
+        if unused := sorted(names - used):
+            raise ValueError(f"{unused[0]} is read by no step; remove it, or add a step")
+        for classifier in self.classifiers:
+            if unknown := sorted({*classifier.positive, *classifier.negative} - set(sources)):
+                raise ValueError(f"classifier {classifier.name} has examples of {unknown[0]}, which is no source")
         return self
 
     @model_validator(mode="after")
@@ -186,7 +209,7 @@ class DataRecipe(Config):
         for source in self.sources:
             generator = source.reader.generator if isinstance(source.reader, Generated) else None
             sources.append(_fields_of(source, FilteredSource) | {"generator": generator})
-        return {"sources": sources, "curation": self.curation.model_dump(), "seed": seed}
+        return {"sources": sources, "curation": self.curation.model_dump(), "seed": seed, "notice": self.notice}
 
     def duplicates_config(self) -> dict[str, Any]:
         """Returns the config of stage duplicates for all sources."""
@@ -236,11 +259,18 @@ class DataRecipe(Config):
             imported: The node of the published model whose tokenizer is used, by role; empty if one is trained.
         """
         acquired = {source.name: f"acquire-{source.name}" for source in self.sources}
+        classifiers, models = [], {}
+        for classifier in self.classifiers:
+            node, config = f"classifier-{classifier.name}", {"classifier": classifier.model_dump(), "seed": seed}
+            examples = {name: acquired[name] for name in (*classifier.positive, *classifier.negative)}
+            classifiers.append(NodeSpec(node, "classifier", config, examples))
+            models[node] = node
         tokenizer_config = tokenizer.model_dump() | {"leave_out": (*tokenizer.leave_out, *self.conversations)}
         # Later stages read the filtered documents beside what was found in them.
         searched = {"filter": "filter", "duplicates": "duplicates"}
         return [
-            NodeSpec("filter", "filter", self.filter_config(seed), {**acquired, **evaluated}),
+            *classifiers,
+            NodeSpec("filter", "filter", self.filter_config(seed), {**acquired, **models, **evaluated}),
             NodeSpec("duplicates", "duplicates", self.duplicates_config(), {"filter": "filter"}),
             NodeSpec("representatives", "representatives", self.representatives_config(), searched),
             NodeSpec("dedup", "dedup", self.dedup_config(), {**searched, "representatives": "representatives"}),
@@ -319,6 +349,7 @@ def loads(content: bytes, path: Path) -> DataRecipe:
     title = _title(path)
     raw = parse_yaml(content, title)
     _require_licenses(title, raw)
+    _put_pipelines(title, raw)
     try:
         recipe = DataRecipe.model_validate(raw)
     except ValidationError as error:
@@ -352,6 +383,23 @@ def extension_modules(recipe: DataRecipe, path: Path) -> dict[str, bytes]:
 
 def _title(path: Path) -> str:
     return f"data recipe {escaped(path.stem, 80)}"
+
+
+def _put_pipelines(title: str, raw: dict[str, Any]) -> None:
+    """Puts the steps of the pipeline that a source names before its own. Validation names values of a wrong form."""
+    pipelines, sources = raw.get("pipelines") or {}, raw.get("sources")
+    for source in sources if isinstance(sources, list) else []:
+        name = source.get("pipeline") if isinstance(source, dict) else None
+        if not isinstance(name, str) or not isinstance(pipelines, dict):
+            continue
+        if name not in pipelines:
+            raise RecipeError(
+                f"{title}: source {escaped(str(source.get('name')), 60)} names the pipeline {escaped(name, 60)}, which "
+                f"`pipelines` does not have; add it, or name one of {', '.join(map(str, pipelines)) or 'none'}"
+            )
+        steps, own = pipelines[name], source.get("steps") or []
+        if isinstance(steps, list) and isinstance(own, list):
+            source["steps"] = [*steps, *own]
 
 
 def _require_licenses(title: str, raw: dict[str, Any]) -> None:

@@ -58,18 +58,18 @@ class Sample:
 
     Attributes:
         files: The files of the source.
-        split: Name of the split.
+        split: Name of the split; None for documents before the split.
         hashes: The first 64 bits of the content hashes, ascending [documents].
         lengths: Bytes of the texts [documents].
     """
 
     files: Sequence[Path]
-    split: str
+    split: str | None
     hashes: NDArray[np.uint64]
     lengths: NDArray[np.int64]
 
     @classmethod
-    def draw(cls, files: Sequence[Path], split: str, documents: int, size: int = 0) -> Sample:
+    def draw(cls, files: Sequence[Path], split: str | None, documents: int, size: int = 0) -> Sample:
         """Returns the sample of at least so many documents and `size` bytes, or of all documents if there are fewer."""
         import numpy as np
         import pyarrow as pa
@@ -110,12 +110,13 @@ class Sample:
                 yield rows.filter(pa.array(_hashes(rows) <= self.hashes[count - 1]))["text"].to_pylist()
 
 
-def _rows_of(path: Path, split: str) -> Iterator[pa.RecordBatch]:
+def _rows_of(path: Path, split: str | None) -> Iterator[pa.RecordBatch]:
     """Yields the texts and hashes of the documents of a split, some at a time."""
     import pyarrow.compute as pc
 
-    for batch in stream_batches(path, ["text", "content_hash", "split"], ROWS):
-        yield batch.filter(pc.equal(batch["split"], split))
+    columns = ["text", "content_hash"]
+    for batch in stream_batches(path, columns if split is None else [*columns, "split"], ROWS):
+        yield batch if split is None else batch.filter(pc.equal(batch["split"], split))
 
 
 def _hashes(rows: pa.RecordBatch) -> NDArray[np.uint64]:

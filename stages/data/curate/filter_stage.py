@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from pipeline.core.bounds import MOST_SOURCES, Line, Seed, SourceName
+from pipeline.core.bounds import MOST_SOURCES, Key, Line, Seed, SourceName, Text
 from pipeline.core.errors import AtomError
 from pipeline.core.parts import Part, PartCount, link_parts, part_file, seal_part, shards_of
 from pipeline.core.stage import Config, Estimate, Inputs, Report, Stage, added, operational
@@ -77,6 +77,8 @@ class FilteredSource(Config):
     """licenses of the documents that are kept; empty: all"""
     acknowledged_removals: Acknowledged = operational({})
     """by rule, the share of the source that it may remove"""
+    pipeline: Key | None = added(None)
+    """pipeline of the data recipe that the first steps are of; null: none"""
     generator: Line | None = added(None)
     """generator of the source's texts, which its dispositions name; null: none"""
 
@@ -88,6 +90,8 @@ class FilterConfig(Config):
     """curation of all sources together"""
     seed: Seed
     """seed of the recipe"""
+    notice: Text | None = added(None)
+    """paragraph on the corpus for its cards; null: none"""
 
     def parts(self) -> list[tuple[FilteredSource, int]]:
         """Returns every part of every source, in order."""
@@ -101,7 +105,9 @@ def run(config: FilterConfig, inputs: Inputs, work: Path, out: Path, report: Rep
     step edited. With a deny-list these are followed by the hashes of denied documents and the parents of kept ones, by
     part, and by the requests.
 
-    The inputs are the acquired documents of each source under its name, and the evaluation items under `items`.
+    The inputs are the acquired documents of each source under its name, the evaluation items under `items`, and what
+    steps read, such as `classifier-<name>`. `curation.json` states the steps if a source names its pipeline, what the
+    classifiers measured, and the notice.
 
     Resumes after the last sealed part. Raises AtomError if no document of any source is left, if many fail, or if a
     rule removes so large a share of a source that the recipe must acknowledge it.
@@ -109,7 +115,7 @@ def run(config: FilterConfig, inputs: Inputs, work: Path, out: Path, report: Rep
     inspect(config)
     # A missing deny-list and broken steps are found before the first document is read.
     maker, parts = _PartMaker(config, inputs, work), dict[str, list[Part]]()
-    jobs = config.parts()
+    jobs = maker.config.parts()
     for done, (source, number) in enumerate(jobs, start=1):
         parts.setdefault(source.name, []).append(maker.seal(source, number))
         report.progress(done, len(jobs), "parts")
@@ -124,19 +130,41 @@ def run(config: FilterConfig, inputs: Inputs, work: Path, out: Path, report: Rep
         requests = {"deny_list": config.curation.deny_list_sha256, "requests": maker.deny_list.requests()}
         write_json(out / "opt_out.json", requests)
     write_json(out / "edits.json", {name: _add_up(source_parts, "edits") for name, source_parts in parts.items()})
+    if config.notice or any(source.pipeline for source in config.sources):
+        write_json(out / "curation.json", _stated(config, inputs))
 
 
 def run_shard(config: FilterConfig, inputs: Inputs, work: Path, shard: int) -> None:
     """Seals one part in `work`."""
     inspect(config)
-    _PartMaker(config, inputs, work).seal(*config.parts()[shard])
+    maker = _PartMaker(config, inputs, work)
+    maker.seal(*maker.config.parts()[shard])
+
+
+def _stated(config: FilterConfig, inputs: Inputs) -> dict[str, Any]:
+    """Returns the notice, the steps of each source with their settings, and what each classifier measured."""
+    steps = [step for source in config.sources for step in source.steps]
+    classifiers = sorted({name for step in steps for name in step.inputs if name.startswith("classifier-")})
+    return {
+        "notice": config.notice,
+        "sources": {
+            source.name: {
+                "pipeline": source.pipeline,
+                "steps": [{"name": step.name, "settings": step.stated()} for step in source.steps],
+            }
+            for source in config.sources
+        },
+        "classifiers": {name.removeprefix("classifier-"): inputs[name].json("meta.json") for name in classifiers},
+    }
 
 
 class _PartMaker:
     """Makes the parts of all sources; what they share is loaded when the first one is made."""
 
     def __init__(self, config: FilterConfig, inputs: Inputs, work: Path) -> None:
-        self.config, self.inputs, self.work = config, inputs, work
+        self.inputs, self.work = inputs, work
+        sources = [s.model_copy(update={"steps": [t.with_inputs(inputs) for t in s.steps]}) for s in config.sources]
+        self.config = config.model_copy(update={"sources": tuple(sources)})
 
     def seal(self, source: FilteredSource, number: int) -> Part:
         return seal_part(self.work, f"{source.name}-{number:05d}", partial(self._filter_part, source, number))

@@ -110,16 +110,23 @@ class DeduplicationConfig(Config):
         return [SourcePart(n, s.name, part) for n, s in enumerate(self.sources) for part in range(s.parts)]
 
 
-def _pattern_problem(pattern: str) -> str | None:
+def expression_problem(pattern: str) -> str | None:
+    """Says why a text is no regular expression; None if it is one."""
     try:
-        groups = re.compile(pattern).groups
+        re.compile(pattern)
     except re.error as error:
         return f"is no regular expression: {error}"
-    return None if groups or not pattern else "has no group; put the part that names the work in parentheses"
+    return None
+
+
+def _work_problem(pattern: str) -> str | None:
+    if (problem := expression_problem(pattern)) or not pattern or re.compile(pattern).groups:
+        return problem
+    return "has no group; put the part that names the work in parentheses"
 
 
 # A regular expression whose first group names the work of a document; empty: every document is a work of its own.
-WorkPattern = Annotated[str, Words(500, empty=True, test=_pattern_problem)]
+WorkPattern = Annotated[str, Words(500, empty=True, test=_work_problem)]
 
 
 def work_of(pattern: re.Pattern[str], id: str, origin: str) -> str | None:

@@ -8,6 +8,7 @@ from pipeline.core.extensions import extend
 FILTERS = {
     "datatrove": "stages.data.curate.filters.block:BlockStep",
     "language": "stages.data.curate.filters.own:Language",
+    "classifier": "stages.data.curate.filters.classifier:Classifier",
     "top_n_grams": "stages.data.curate.filters.own:TopNGrams",
     "code_shape": "stages.data.curate.filters.own:CodeShape",
     "python_syntax": "stages.data.curate.filters.own:PythonSyntax",

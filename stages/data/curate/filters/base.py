@@ -9,10 +9,10 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any, Protocol, Self
 
 from pipeline.core.bounds import Range
-from pipeline.core.stage import Config
+from pipeline.core.stage import Config, Inputs, identity
 from stages.data.estimates import STEP_SECONDS
 
 # A number of words, lines or other units in a document.
@@ -71,6 +71,19 @@ class Filter(Config):
     def measures(self) -> dict[str, str]:
         """{name: Arrow type} of what the function writes into the metadata of a document."""
         return {}
+
+    def stated(self) -> dict[str, Any]:
+        """Returns the settings that a data card states."""
+        return {name: value for name, value in identity(self).items() if name != "step"}
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """The nodes whose artifacts the function reads, such as the model of a classifier."""
+        return ()
+
+    def with_inputs(self, inputs: Inputs) -> Self:
+        """Returns the filter with the places of these artifacts. A filter with inputs overrides it."""
+        return self
 
     def inspect(self) -> str | None:
         """Imports what the filter needs, and returns a note on it for `atom validate`.
