@@ -29,6 +29,7 @@ from stages.data.acquire.readers.packages import Packages
 from stages.data.acquire.sources import Source
 from stages.data.blocks import Block
 from stages.data.curate.filters.base import Filter
+from stages.data.curate.filters.repeated_lines import RepeatedLines
 from stages.data.curate.steps import MAX_STEPS, AnyFilter
 from stages.formats.table import KEPT, ROWS_PER_GROUP, arrow_schema, read_errors
 
@@ -70,10 +71,12 @@ class Reference(Config):
                 f"release.by_reference names {source.name}, whose documents are drawn and in no file; leave it out"
             )
         for maker in (source.reader, *steps):
-            if isinstance(maker, Block) and maker.extension:
+            extension = isinstance(maker, Block) and maker.extension
+            if extension or isinstance(maker, RepeatedLines):
+                how = f"{maker.block} of an extension makes" if extension else "depend on the documents beside them"
                 raise AtomError(
-                    f"release.by_reference names {source.name}, whose texts {maker.block} of an extension makes; "
-                    "others cannot make them again, so leave the source out"
+                    f"release.by_reference names {source.name}, whose texts {how}; others cannot make them again, so "
+                    "leave the source out"
                 )
         # The expected size is for `atom plan`, and tells nobody how to read the documents.
         settings = source.model_dump(mode="json", exclude={"expected"})

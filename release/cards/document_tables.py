@@ -130,21 +130,22 @@ def pipelines(data: DataFacts) -> list[str]:
 
 
 def _step(step: dict[str, Any]) -> str:
-    settings = [f"{name} {value}" for name, value in step["settings"].items() if value not in ("", None)]
+    stated = step.get("parameters", step)
+    settings = [f"{name} {value}" for name, value in stated.items() if name not in ("name", "step")]
     return f"`{_code(step['name'])}`" + (f" ({escaped(', '.join(settings))})" if settings else "")
 
 
 def classifiers(data: DataFacts) -> list[str]:
     """Returns what the classifiers of the data recipe measured on held-out examples; none without classifiers."""
     body = []
-    for name, row in data.curation.get("classifiers", {}).items():
+    for row in data.curation.get("classifiers", {}).values():
         settings, examples = row["classifier"], row["examples"]
         labels = [
             f"{', '.join(settings[label])}: {count(examples[f'{label}_train'])} + {count(examples[f'{label}_heldout'])}"
             for label in ("positive", "negative")
         ]
         figures = [f"{value:.3f}" for value in (settings["keep"], row["threshold"], row["precision"], row["recall"])]
-        body.append([name, *map(escaped, labels), *figures])
+        body.append([settings["name"], *map(escaped, labels), *figures])
     sentence = (
         "fastText models, trained on documents of sources of this corpus. Examples are those of training + held-out "
         "ones. A document is kept if it scores above the threshold, as the share `keep` of the held-out negative "

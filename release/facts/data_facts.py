@@ -121,7 +121,7 @@ class DataFacts:
         by_reference: {source without published texts: where its files are}
         messages: {source: splits} of the tables of conversations.
         published_reasons: {source that a model wrote from one by reference: why its texts are published}
-        curation: The notice, the steps of each source and what classifiers measured; empty without pipelines and notice.
+        curation: The notice, the steps of each source and what classifiers measured; empty if none is stated.
         first_documents: {source: (id, beginning of the text)} of the first training document of some sources.
     """
 

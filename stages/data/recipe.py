@@ -60,16 +60,6 @@ class SourceConfig(Source):
     deduplication), the share of the source that it may remove above curation.alarm_share"""
 
     @model_validator(mode="after")
-    def _check_acknowledged(self) -> SourceConfig:
-        # A misspelt rule would acknowledge nothing, and the run would stop after hours.
-        rules = [*dict.fromkeys(step.name for step in self.steps), *RULES]
-        if unknown := [rule for rule in self.acknowledged_removals if rule not in rules]:
-            raise ValueError(
-                f"acknowledged_removals: {unknown[0]} is no rule of this source; it has {', '.join(rules)}"
-            )
-        return self
-
-    @model_validator(mode="after")
     def _check_license_allow(self) -> SourceConfig:
         license = self.document_license or self.license
         is_stated = self.reader.gives_licenses or self.reader.states_parents
@@ -116,16 +106,31 @@ class DataRecipe(Config):
         return self
 
     @model_validator(mode="after")
+    def _check_steps(self) -> DataRecipe:
+        for source in self.sources:
+            if source.pipeline not in (None, *self.pipelines):
+                known = ", ".join(self.pipelines) or "none"
+                raise ValueError(f"source {source.name} names the pipeline {source.pipeline}; `pipelines` has {known}")
+            # A misspelt rule would acknowledge nothing, and the run would stop after hours.
+            rules = [*dict.fromkeys(step.name for step in self.steps_of(source)), *RULES]
+            if wrong := [rule for rule in source.acknowledged_removals if rule not in rules]:
+                raise ValueError(
+                    f"acknowledged_removals of source {source.name}: {wrong[0]} is no rule of this source; it has "
+                    f"{', '.join(rules)}"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _check_classifiers(self) -> DataRecipe:
-        sources = {source.name: source for source in self.sources}
+        sources = {source.name for source in self.sources}
         names = {f"classifier-{classifier.name}" for classifier in self.classifiers}
-        used = {name for source in self.sources for step in source.steps for name in step.inputs}
+        used = {name for source in self.sources for step in self.steps_of(source) for name in step.inputs}
         if missing := sorted(used - names):
             raise ValueError(f"a step reads {missing[0]}, which `classifiers` does not have; add it")
         if unused := sorted(names - used):
             raise ValueError(f"{unused[0]} is read by no step; remove it, or add a step")
         for classifier in self.classifiers:
-            if unknown := sorted({*classifier.positive, *classifier.negative} - set(sources)):
+            if unknown := sorted({*classifier.positive, *classifier.negative} - sources):
                 raise ValueError(f"classifier {classifier.name} has examples of {unknown[0]}, which is no source")
         return self
 
@@ -164,6 +169,10 @@ class DataRecipe(Config):
                         "texts; leave it out, or name another source"
                     )
         return self
+
+    def steps_of(self, source: SourceConfig) -> tuple[Filter, ...]:
+        """Returns the steps of a source with those of its pipeline, before `loads` has joined them."""
+        return (*self.pipelines.get(source.pipeline or "", ()), *source.steps)
 
     def resolved(self) -> DataRecipe:
         """Returns the recipe with the digests of all source trees and of the deny-list, from the files on disk.
@@ -349,7 +358,6 @@ def loads(content: bytes, path: Path) -> DataRecipe:
     title = _title(path)
     raw = parse_yaml(content, title)
     _require_licenses(title, raw)
-    _put_pipelines(title, raw)
     try:
         recipe = DataRecipe.model_validate(raw)
     except ValidationError as error:
@@ -361,7 +369,7 @@ def loads(content: bytes, path: Path) -> DataRecipe:
 
     def located(source: SourceConfig) -> SourceConfig:
         reader = locate(source.reader.absolute(path.parent).locked(lock))
-        steps = tuple(map(locate, source.steps))
+        steps = tuple(map(locate, recipe.steps_of(source)))
         return source.model_copy(update={"reader": reader, "steps": steps})
 
     sources = tuple(map(located, recipe.sources))
@@ -383,23 +391,6 @@ def extension_modules(recipe: DataRecipe, path: Path) -> dict[str, bytes]:
 
 def _title(path: Path) -> str:
     return f"data recipe {escaped(path.stem, 80)}"
-
-
-def _put_pipelines(title: str, raw: dict[str, Any]) -> None:
-    """Puts the steps of the pipeline that a source names before its own. Validation names values of a wrong form."""
-    pipelines, sources = raw.get("pipelines") or {}, raw.get("sources")
-    for source in sources if isinstance(sources, list) else []:
-        name = source.get("pipeline") if isinstance(source, dict) else None
-        if not isinstance(name, str) or not isinstance(pipelines, dict):
-            continue
-        if name not in pipelines:
-            raise RecipeError(
-                f"{title}: source {escaped(str(source.get('name')), 60)} names the pipeline {escaped(name, 60)}, which "
-                f"`pipelines` does not have; add it, or name one of {', '.join(map(str, pipelines)) or 'none'}"
-            )
-        steps, own = pipelines[name], source.get("steps") or []
-        if isinstance(steps, list) and isinstance(own, list):
-            source["steps"] = [*steps, *own]
 
 
 def _require_licenses(title: str, raw: dict[str, Any]) -> None:

@@ -1,14 +1,18 @@
 """Classifier: a fastText model that tells documents like those of some sources from documents like those of others.
 
-Named sources are the positive examples and random documents of others the negative ones, as in DCLM's filter (Li et al.
-2024), so the labelled set is sealed, licensed and published like any source. A regular expression can divide sources
-instead, as LaTeX does for OpenWebMath's classifier (Paster et al. 2023). fastText runs in one thread, where a seed fixes
-its result. The text of a document is one line, in lower case and with its punctuation.
+Named sources are the positive examples and random documents of others the negative ones, as in DCLM's filter (Li et
+al. 2024), so the labelled set is sealed, licensed and published like any source. A regular expression can divide
+sources instead, as LaTeX does for OpenWebMath's classifier (Paster et al. 2023). fastText runs in one thread, where a
+seed fixes its result. The text of a document is one line, in lower case and with its punctuation.
 """
 
 from __future__ import annotations
 
+import json
+import os
 import re
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from itertools import chain, zip_longest
@@ -20,7 +24,6 @@ from pydantic import Field, model_validator
 from pipeline.core.bounds import MOST_SOURCES, Range, Seed, Share, SourceName, Words
 from pipeline.core.errors import AtomError
 from pipeline.core.stage import Config, Estimate, Inputs, Report, Stage
-from stages.data.curate.fasttext_training import train
 from stages.data.curate.settings import expression_problem
 from stages.formats.seeds import seed_of
 from stages.formats.table import content_hash, part_files, split_of, write_json
@@ -32,6 +35,10 @@ POSITIVE, NEGATIVE = "positive", "negative"
 # fastText takes a word that begins so for a label.
 LABEL = "__label__"
 MOST_CHARACTERS = 100_000  # of one document
+# As in DCLM: words and pairs of words; fewer hashed pairs and dimensions than fastText's defaults, so that a model has 51
+# MB beside its words.
+FASTTEXT = {"thread": 1, "verbose": 0, "dim": 64, "lr": 0.1, "wordNgrams": 2, "bucket": 200_000}
+_TRAIN = "import fasttext, json, sys; fasttext.train_supervised(**json.loads(sys.argv[1])).save_model(sys.argv[2])"
 Sources = Annotated[tuple[SourceName, ...], Field(min_length=1, max_length=MOST_SOURCES)]
 
 
@@ -54,16 +61,8 @@ class ClassifierSettings(Config):
     """documents drawn from each source for each label"""
     heldout_fraction: Share = 0.1
     """share of the examples on which the threshold is set, and precision and recall are measured"""
-    dimension: Annotated[int, Range(1, 1000)] = 64
-    """size of the vector of a word"""
     epochs: Annotated[int, Range(1, 1000)] = 5
     """passes over the examples"""
-    learning_rate: Annotated[float, Range(0, 10, above=True)] = 0.1
-    """first learning rate"""
-    word_ngrams: Annotated[int, Range(1, 5)] = 2
-    """words of the longest n-gram"""
-    buckets: Annotated[int, Range(1, 1e7)] = 200_000
-    """hashed n-grams, each with a vector"""
 
     @model_validator(mode="after")
     def _check_labels(self) -> ClassifierSettings:
@@ -111,23 +110,32 @@ def run(config: ClassifierConfig, inputs: Inputs, work: Path, out: Path, report:
                 f"classifier {settings.name} has no {label} example in the split {split}; give its sources more "
                 "documents, or change heldout_fraction or pattern"
             )
-    failure = train(
-        examples,
-        out / MODEL,
-        seed=seed_of(f"classifier/{settings.name}", config.seed) % 2**31,  # fastText's seed is an int of 32 bits
-        dim=settings.dimension,
-        epoch=settings.epochs,
-        lr=settings.learning_rate,
-        wordNgrams=settings.word_ngrams,
-        bucket=settings.buckets,
-    )
-    if failure is not None:
-        raise AtomError(
-            f"classifier {settings.name} cannot be trained ({failure}); lower learning_rate, or give it more examples"
-        )
+    _train(config, examples, out / MODEL)
     measured = _measure(settings, out / MODEL, heldout)
     write_json(out / META, {"classifier": settings.model_dump(), "examples": counts, **measured})
     report.note("classifier {}: precision {precision:.3f}, recall {recall:.3f}".format(settings.name, **measured))
+
+
+def _train(config: ClassifierConfig, examples: Path, model: Path) -> None:
+    """Trains in a process of its own, whose memory is filled with a constant.
+
+    With one thread, fastText sets a tenth of its input vectors at random and leaves the others as the allocator gave
+    them: two trainings in one process differ, or end in "Encountered NaN". glibc fills new memory if MALLOC_PERTURB_ is
+    set as the process starts, so the other vectors start at -3e-13.
+    """
+    settings = config.classifier
+    arguments = {
+        "input": str(examples),
+        **FASTTEXT,
+        "seed": seed_of(f"classifier/{settings.name}", config.seed) % 2**31,  # fastText's seed is an int of 32 bits
+        "epoch": settings.epochs,
+    }
+    command = [sys.executable, "-P", "-c", _TRAIN, json.dumps(arguments), str(model)]
+    environment = {**os.environ, "MALLOC_PERTURB_": "85"}
+    process = subprocess.run(command, env=environment, stderr=subprocess.PIPE, text=True, check=False)
+    if process.returncode:
+        reason = (process.stderr.strip().splitlines() or ["no reason given"])[-1]
+        raise AtomError(f"classifier {settings.name} cannot be trained ({reason}); give it more or other examples")
 
 
 def as_line(text: str) -> str:

@@ -21,7 +21,7 @@ from pydantic import Field
 from pipeline.core.bounds import MOST_SOURCES, Key, Line, Seed, SourceName, Text
 from pipeline.core.errors import AtomError
 from pipeline.core.parts import Part, PartCount, link_parts, part_file, seal_part, shards_of
-from pipeline.core.stage import Config, Estimate, Inputs, Report, Stage, added, operational
+from pipeline.core.stage import Config, Estimate, Inputs, Report, Stage, added, identity, operational
 from stages.data import estimates
 from stages.data.acquire.licenses.expressions import Licenses
 from stages.data.acquire.readers.base import FAILED_RULE, REFUSED_RULES, Failures
@@ -115,7 +115,7 @@ def run(config: FilterConfig, inputs: Inputs, work: Path, out: Path, report: Rep
     inspect(config)
     # A missing deny-list and broken steps are found before the first document is read.
     maker, parts = _PartMaker(config, inputs, work), dict[str, list[Part]]()
-    jobs = maker.config.parts()
+    jobs = config.parts()
     for done, (source, number) in enumerate(jobs, start=1):
         parts.setdefault(source.name, []).append(maker.seal(source, number))
         report.progress(done, len(jobs), "parts")
@@ -137,34 +137,24 @@ def run(config: FilterConfig, inputs: Inputs, work: Path, out: Path, report: Rep
 def run_shard(config: FilterConfig, inputs: Inputs, work: Path, shard: int) -> None:
     """Seals one part in `work`."""
     inspect(config)
-    maker = _PartMaker(config, inputs, work)
-    maker.seal(*maker.config.parts()[shard])
+    _PartMaker(config, inputs, work).seal(*config.parts()[shard])
 
 
 def _stated(config: FilterConfig, inputs: Inputs) -> dict[str, Any]:
     """Returns the notice, the steps of each source with their settings, and what each classifier measured."""
-    steps = [step for source in config.sources for step in source.steps]
-    classifiers = sorted({name for step in steps for name in step.inputs if name.startswith("classifier-")})
-    return {
-        "notice": config.notice,
-        "sources": {
-            source.name: {
-                "pipeline": source.pipeline,
-                "steps": [{"name": step.name, "settings": step.stated()} for step in source.steps],
-            }
-            for source in config.sources
-        },
-        "classifiers": {name.removeprefix("classifier-"): inputs[name].json("meta.json") for name in classifiers},
-    }
+    sources, classifiers = {}, {}
+    for source in config.sources:
+        steps = [{"name": step.name, **identity(step)} for step in source.steps]
+        sources[source.name] = {"pipeline": source.pipeline, "steps": steps}
+        classifiers |= {node: inputs[node].json("meta.json") for step in source.steps for node in step.inputs}
+    return {"notice": config.notice, "sources": sources, "classifiers": classifiers}
 
 
 class _PartMaker:
     """Makes the parts of all sources; what they share is loaded when the first one is made."""
 
     def __init__(self, config: FilterConfig, inputs: Inputs, work: Path) -> None:
-        self.inputs, self.work = inputs, work
-        sources = [s.model_copy(update={"steps": [t.with_inputs(inputs) for t in s.steps]}) for s in config.sources]
-        self.config = config.model_copy(update={"sources": tuple(sources)})
+        self.config, self.inputs, self.work = config, inputs, work
 
     def seal(self, source: FilteredSource, number: int) -> Part:
         return seal_part(self.work, f"{source.name}-{number:05d}", partial(self._filter_part, source, number))
@@ -191,7 +181,8 @@ class _PartMaker:
     def _pipelines(self) -> list[list[FilterFunction]]:
         """The functions of the steps of each source, which may load a model; each pipeline once."""
         different = {repr(source.steps): source.steps for source in self.config.sources if source.steps}
-        return [[step.function() for step in steps] for steps in different.values()]
+        # A step with a model only removes, so no text is as it leaves it.
+        return [[step.function() for step in steps if not step.inputs] for steps in different.values()]
 
     def _minhash(self, *sources: FilteredSource) -> MinHash | None:
         """Returns the MinHash settings for sources, or None if the kind of none is deduplicated."""
@@ -202,7 +193,8 @@ class _PartMaker:
     def _filter_part(self, source: FilteredSource, number: int, folder: Path) -> dict[str, Any]:
         """Writes the tables of a part, and returns its counts."""
         acquired, file = self.inputs[source.name], part_file(number)
-        steps = SourceFilter(source.name, source.kind, source.steps, self._index, source.license_allow)
+        source_steps = [step.prepared(self.inputs, acquired / "documents" / file) for step in source.steps]
+        steps = SourceFilter(source.name, source.kind, source_steps, self._index, source.license_allow)
         minhash = self._minhash(source)
         columns = hash_columns(_buckets(minhash))
         counts, removed = Counter[str](documents=0, bytes=0, kept=0), Counter[str]()

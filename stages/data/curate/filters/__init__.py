@@ -10,6 +10,10 @@ FILTERS = {
     "language": "stages.data.curate.filters.own:Language",
     "classifier": "stages.data.curate.filters.classifier:Classifier",
     "top_n_grams": "stages.data.curate.filters.own:TopNGrams",
+    "hyphenation": "stages.data.curate.filters.scans:Hyphenation",
+    "scan_quality": "stages.data.curate.filters.scans:ScanQuality",
+    "repeated_lines": "stages.data.curate.filters.repeated_lines:RepeatedLines",
+    "personal_numbers": "stages.data.curate.filters.personal:PersonalNumbers",
     "code_shape": "stages.data.curate.filters.own:CodeShape",
     "python_syntax": "stages.data.curate.filters.own:PythonSyntax",
 }

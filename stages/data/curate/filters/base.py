@@ -9,10 +9,11 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, Protocol, Self
 
 from pipeline.core.bounds import Range
-from pipeline.core.stage import Config, Inputs, identity
+from pipeline.core.stage import Config, Inputs
 from stages.data.estimates import STEP_SECONDS
 
 # A number of words, lines or other units in a document.
@@ -72,17 +73,19 @@ class Filter(Config):
         """{name: Arrow type} of what the function writes into the metadata of a document."""
         return {}
 
-    def stated(self) -> dict[str, Any]:
-        """Returns the settings that a data card states."""
-        return {name: value for name, value in identity(self).items() if name != "step"}
-
     @property
     def inputs(self) -> tuple[str, ...]:
         """The nodes whose artifacts the function reads, such as the model of a classifier."""
         return ()
 
-    def with_inputs(self, inputs: Inputs) -> Self:
-        """Returns the filter with the places of these artifacts. A filter with inputs overrides it."""
+    def prepared(self, inputs: Inputs, documents: Path) -> Self:
+        """Returns the filter for one part of a source, such as with a model or with counts of lines.
+
+        Args:
+            inputs: The artifacts of the stage, with those of `inputs`.
+            documents: The table of the acquired documents of the part. What is read there may depend on the parts of
+                the recipe, and not on the number of tasks.
+        """
         return self
 
     def inspect(self) -> str | None:

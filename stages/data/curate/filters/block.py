@@ -80,9 +80,6 @@ class BlockStep(Block, Filter):
         spacy = _spacy_version() if counts_words and self.words is None else None
         return super()._present_code() + (f", spacy {spacy}" if spacy else "")
 
-    def stated(self) -> dict[str, Any]:
-        return self.parameters
-
     def inspect(self) -> str:
         block = self._create()
         return f"block {self.block}: {'stock' if self._accelerated(block) is None else 'accelerated'}"

@@ -26,7 +26,7 @@ class Classifier(Filter):
     def inputs(self) -> tuple[str, ...]:
         return (f"classifier-{self.classifier}",)
 
-    def with_inputs(self, inputs: Inputs) -> Self:
+    def prepared(self, inputs: Inputs, documents: Path) -> Self:
         step = self.model_copy()
         step._folder = inputs[self.inputs[0]].path
         return step
