@@ -141,11 +141,11 @@ def classifiers(data: DataFacts) -> list[str]:
     for row in data.curation.get("classifiers", {}).values():
         settings, examples = row["classifier"], row["examples"]
         labels = [
-            f"{', '.join(settings[label])}: {count(examples[f'{label}_train'])} + {count(examples[f'{label}_heldout'])}"
+            f"{', '.join(settings[label])}: {examples[f'{label}_train']:,} + {examples[f'{label}_heldout']:,}"
             for label in ("positive", "negative")
         ]
         figures = [f"{value:.3f}" for value in (settings["keep"], row["threshold"], row["precision"], row["recall"])]
-        body.append([settings["name"], *map(escaped, labels), *figures])
+        body.append([escaped(cell) for cell in (settings["name"], *labels, *figures)])
     sentence = (
         "fastText models, trained on documents of sources of this corpus. Examples are those of training + held-out "
         "ones. A document is kept if it scores above the threshold, as the share `keep` of the held-out negative "

@@ -118,19 +118,15 @@ class DataRecipe(Config):
                     f"acknowledged_removals of source {source.name}: {wrong[0]} is no rule of this source; it has "
                     f"{', '.join(rules)}"
                 )
-        return self
-
-    @model_validator(mode="after")
-    def _check_classifiers(self) -> DataRecipe:
-        sources = {source.name for source in self.sources}
         names = {f"classifier-{classifier.name}" for classifier in self.classifiers}
         used = {name for source in self.sources for step in self.steps_of(source) for name in step.inputs}
-        if missing := sorted(used - names):
-            raise ValueError(f"a step reads {missing[0]}, which `classifiers` does not have; add it")
-        if unused := sorted(names - used):
-            raise ValueError(f"{unused[0]} is read by no step; remove it, or add a step")
+        if lone := sorted(names ^ used):
+            raise ValueError(
+                f"{lone[0]} must be in `classifiers` and be used by a step; add the one, or remove the other"
+            )
         for classifier in self.classifiers:
-            if unknown := sorted({*classifier.positive, *classifier.negative} - sources):
+            examples = {*classifier.positive, *classifier.negative}
+            if unknown := sorted(examples - {source.name for source in self.sources}):
                 raise ValueError(f"classifier {classifier.name} has examples of {unknown[0]}, which is no source")
         return self
 
@@ -171,7 +167,7 @@ class DataRecipe(Config):
         return self
 
     def steps_of(self, source: SourceConfig) -> tuple[Filter, ...]:
-        """Returns the steps of a source with those of its pipeline, before `loads` has joined them."""
+        """Returns the steps of the pipeline that a source names, then its own."""
         return (*self.pipelines.get(source.pipeline or "", ()), *source.steps)
 
     def resolved(self) -> DataRecipe:
@@ -376,7 +372,8 @@ def loads(content: bytes, path: Path) -> DataRecipe:
     curation = recipe.curation
     if curation.deny_list is not None:
         curation = curation.model_copy(update={"deny_list": str((path.parent / curation.deny_list).resolve())})
-    return recipe.model_copy(update={"sources": sources, "curation": curation})
+    # The steps of pipelines are those of their sources now.
+    return recipe.model_copy(update={"sources": sources, "curation": curation, "pipelines": {}})
 
 
 def extension_modules(recipe: DataRecipe, path: Path) -> dict[str, bytes]:

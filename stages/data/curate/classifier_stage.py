@@ -35,8 +35,7 @@ POSITIVE, NEGATIVE = "positive", "negative"
 # fastText takes a word that begins so for a label.
 LABEL = "__label__"
 MOST_CHARACTERS = 100_000  # of one document
-# As in DCLM: words and pairs of words; fewer hashed pairs and dimensions than fastText's defaults, so that a model has 51
-# MB beside its words.
+# Words and pairs of words; fewer hashed pairs than by default, so that a model has 51 MB beside its words.
 FASTTEXT = {"thread": 1, "verbose": 0, "dim": 64, "lr": 0.1, "wordNgrams": 2, "bucket": 200_000}
 _TRAIN = "import fasttext, json, sys; fasttext.train_supervised(**json.loads(sys.argv[1])).save_model(sys.argv[2])"
 Sources = Annotated[tuple[SourceName, ...], Field(min_length=1, max_length=MOST_SOURCES)]
@@ -104,12 +103,12 @@ def run(config: ClassifierConfig, inputs: Inputs, work: Path, out: Path, report:
             files[split].write(f"{LABEL}{label} {as_line(text)}\n")
             counts[f"{label}_{split}"] += 1
     # fastText would train on one label without an error, and every score would be 1.
-    for label, split in ((label, split) for label in (POSITIVE, NEGATIVE) for split in files):
-        if not counts[f"{label}_{split}"]:
-            raise AtomError(
-                f"classifier {settings.name} has no {label} example in the split {split}; give its sources more "
-                "documents, or change heldout_fraction or pattern"
-            )
+    if missing := {f"{label}_{split}" for label in (POSITIVE, NEGATIVE) for split in files} - set(counts):
+        kind, split = min(missing).split("_")
+        raise AtomError(
+            f"classifier {settings.name} has no {kind} example in the split {split}; give its sources more documents, "
+            "or change heldout_fraction or pattern"
+        )
     _train(config, examples, out / MODEL)
     measured = _measure(settings, out / MODEL, heldout)
     write_json(out / META, {"classifier": settings.model_dump(), "examples": counts, **measured})
@@ -132,10 +131,7 @@ def _train(config: ClassifierConfig, examples: Path, model: Path) -> None:
     }
     command = [sys.executable, "-P", "-c", _TRAIN, json.dumps(arguments), str(model)]
     environment = {**os.environ, "MALLOC_PERTURB_": "85"}
-    process = subprocess.run(command, env=environment, stderr=subprocess.PIPE, text=True, check=False)
-    if process.returncode:
-        reason = (process.stderr.strip().splitlines() or ["no reason given"])[-1]
-        raise AtomError(f"classifier {settings.name} cannot be trained ({reason}); give it more or other examples")
+    subprocess.run(command, env=environment, check=True)
 
 
 def as_line(text: str) -> str:

@@ -17,8 +17,8 @@ class RepeatedLines(Filter):
     """Takes out lines that more documents of the same part of the source have than a maximum.
 
     They are counted by hash, in lower case and without surrounding space. As in CCNet (Wenzek et al. 2020), the count
-    is that of a piece of the corpus and not of all of it: each part is read twice, and memory holds eight bytes for each
-    different line of each of its documents.
+    is that of a piece of the corpus and not of all of it. Each part is read twice, and memory holds eight bytes for
+    each different line of each of its documents.
     """
 
     step: Literal["repeated_lines"]

@@ -1,4 +1,4 @@
-"""Filters of scanned text: words that a line break divides, and text in which few words are words."""
+"""Filter `scan`: words that a line break divides are joined, and text in which few words are words is removed."""
 
 from __future__ import annotations
 
@@ -17,34 +17,19 @@ _SPACE = re.compile(r"\s+")
 
 @cache
 def english_words() -> frozenset[str]:
-    """Returns the list of symspellpy: 82,765 English words of SCOWL that Google Books has, in lower case."""
+    """Returns the list of symspellpy: 82,765 English words, in lower case."""
     file = resources.files("symspellpy") / "frequency_dictionary_en_82_765.txt"
     return frozenset(line.split()[0] for line in file.read_text("utf-8-sig").splitlines())
 
 
-class Hyphenation(Filter):
-    """Joins the two parts of a word that a hyphen at the end of a line divides, if the result is an English word."""
+class Scan(Filter):
+    """Joins the parts of English words that a line break divides, and removes text that was recognized badly.
 
-    step: Literal["hyphenation"]
-    """selects this step"""
-
-    def function(self) -> FilterFunction:
-        words = english_words()
-
-        def join(parts: re.Match[str]) -> str:
-            word = parts[1] + parts[2]
-            return f"{word}\n" if word.lower() in words else parts[0]
-
-        return lambda document: _DIVIDED.sub(join, document.text)
-
-
-class ScanQuality(Filter):
-    """Removes English text that was recognized badly, by its characters and by the words that a dictionary has.
-
-    Names, foreign words and old spellings are in no dictionary, so the least share of known words is far below one.
+    The parts are joined if the result is in the dictionary. Names, foreign words and old spellings are in none, so the
+    least share of known words is far below one.
     """
 
-    step: Literal["scan_quality"]
+    step: Literal["scan"]
     """selects this step"""
     min_letters: Share = 0.75
     """minimum share of letters, whitespace not counted"""
@@ -56,9 +41,14 @@ class ScanQuality(Filter):
     def function(self) -> FilterFunction:
         known = english_words()
 
+        def join(parts: re.Match[str]) -> str:
+            word = parts[1] + parts[2]
+            return f"{word}\n" if word.lower() in known else parts[0]
+
         def function(document: Document) -> str | Removal:
-            text = document.text
+            text = _DIVIDED.sub(join, document.text)
             words = _WORD.findall(text)
+            # Of an empty text every share is 0.
             letters = sum(map(len, words)) / max(1, len(_SPACE.sub("", text)))
             if letters < self.min_letters:
                 return Removal("few_letters", letters, self.min_letters)
