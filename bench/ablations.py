@@ -3,8 +3,9 @@
     .venv/bin/python bench/ablations.py --home runs/ablations                 # all questions of bench/ablations.yaml
     .venv/bin/python bench/ablations.py --home runs/ablations muon anneal     # some of them
     .venv/bin/python bench/ablations.py --quick                               # 30 steps of one seed, to try it
+    .venv/bin/python bench/ablations.py --plan bench/curation_ablation.yaml   # the questions of another file
 
-All runs read the same data. Both arms of a pair have the same training seed, so the same initial weights and rows as
+All runs read the same data, that of the base or of the plan's `data`. Both arms of a pair have the same training seed, so the same initial weights and rows as
 far as the setting leaves them equal.
 The effect is the difference of the last held-out losses of a phase, arm minus control, in nats a token: below 0 the arm
 is better. Its 95 % interval is over seeds (Student's). At this size an effect gives a sign, and no figure at scale.
@@ -113,12 +114,16 @@ def main() -> int:
     parser.add_argument("--home", type=Path, help="where runs are kept; default: a temporary folder")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
     parser.add_argument("--seeds", type=int, help="number of seeds; default: those of the file")
+    plan_file = Path(__file__).with_suffix(".yaml")
+    parser.add_argument("--plan", type=Path, default=plan_file, help="file of questions; default: bench/ablations.yaml")
     parser.add_argument("--quick", action="store_true", help="30 steps of one seed; the figures mean nothing")
     options = parser.parse_args()
-    body = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text("utf-8"))
+    body = yaml.safe_load(options.plan.read_text("utf-8"))
     questions = list(questions_of(body, options.questions))
     seeds = body["seeds"][: 1 if options.quick else options.seeds]
     base = yaml.safe_load((ROOT / f"pipeline/recipes/{body['base']}.yaml").read_text("utf-8"))
+    if "data" in body:
+        base["data"] = str((options.plan.parent / body["data"]).resolve())
     with tempfile.TemporaryDirectory() as scratch:
         home = (options.home or Path(scratch) / "home").absolute()
         folder = home / "recipes"
