@@ -29,7 +29,7 @@ from stages.data.acquire.readers.packages import Packages
 from stages.data.acquire.sources import Source
 from stages.data.blocks import Block
 from stages.data.curate.filters.base import Filter
-from stages.data.curate.filters.repeated_lines import RepeatedLines
+from stages.data.curate.filters.own import RepeatedLines
 from stages.data.curate.steps import MAX_STEPS, AnyFilter
 from stages.formats.table import KEPT, ROWS_PER_GROUP, arrow_schema, read_errors
 

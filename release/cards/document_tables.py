@@ -107,8 +107,7 @@ def synthetic(data: DataFacts) -> list[str]:
 
 def notice(data: DataFacts) -> list[str]:
     """Returns the paragraph of the data recipe on its corpus, such as on licenses; none without one."""
-    stated = data.curation.get("notice")
-    return [escaped(" ".join(stated.split()))] if stated else []
+    return [escaped(" ".join(text.split()))] if (text := data.curation.get("notice")) else []
 
 
 def pipelines(data: DataFacts) -> list[str]:
@@ -117,10 +116,7 @@ def pipelines(data: DataFacts) -> list[str]:
     for source, row in data.curation.get("sources", {}).items():
         steps = ", then ".join(map(_step, row["steps"])) or "no steps"
         sources_of_steps.setdefault((row["pipeline"] or "no pipeline", steps), []).append(source)
-    items = [
-        f"- **{escaped(pipeline)}** ({', '.join(sources)}): {steps}."
-        for (pipeline, steps), sources in sources_of_steps.items()
-    ]
+    items = [f"- **{escaped(name)}** ({', '.join(of)}): {steps}." for (name, steps), of in sources_of_steps.items()]
     sentence = (
         "The steps that each document passed, in their order. Settings that a step does not show are the defaults of "
         "its class. Documents with access tokens or private keys were removed from every source. Toxicity was not "
@@ -140,18 +136,16 @@ def classifiers(data: DataFacts) -> list[str]:
     body = []
     for row in data.curation.get("classifiers", {}).values():
         settings, examples = row["classifier"], row["examples"]
-        labels = [
-            f"{', '.join(settings[label])}: {examples[f'{label}_train']:,} + {examples[f'{label}_heldout']:,}"
-            for label in ("positive", "negative")
-        ]
+        names = [settings["name"], ", ".join(settings["positive"]), ", ".join(settings["negative"])]
+        heldout = f"{examples['positive_heldout']:,} + {examples['negative_heldout']:,}"
         figures = [f"{value:.3f}" for value in (settings["keep"], row["threshold"], row["precision"], row["recall"])]
-        body.append([escaped(cell) for cell in (settings["name"], *labels, *figures)])
+        body.append([escaped(cell) for cell in (*names, heldout, *figures)])
     sentence = (
-        "fastText models, trained on documents of sources of this corpus. Examples are those of training + held-out "
-        "ones. A document is kept if it scores above the threshold, as the share `keep` of the held-out negative "
-        "examples does. Precision and recall are those on the held-out examples."
+        "fastText models, trained on documents of sources of this corpus. A document is kept if it scores above the "
+        "threshold, as the share `keep` of the held-out negative examples does. Precision and recall are those on the "
+        "held-out positive + negative examples."
     )
-    head = ["classifier", "positive examples", "negative examples", "keep", "threshold", "precision", "recall"]
+    head = ["classifier", "positive", "negative", "held out", "keep", "threshold", "precision", "recall"]
     return explained_table(sentence, head, body)
 
 

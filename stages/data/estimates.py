@@ -17,6 +17,10 @@ STEP_SECONDS = {
     "GopherQualityFilter": 0.06,
     "FineWebQualityFilter": 0.035,
     "C4QualityFilter": 0.09,
+    "classifier": 0.05,
+    "personal_numbers": 0.1,
+    "repeated_lines": 0.02,
+    "scan": 0.14,
 }
 # Core seconds a MB that the words of spaCy add.
 SPACY_SECONDS = 1.6

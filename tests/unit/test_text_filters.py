@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from stages.data.curate.filters.base import Removal
+from stages.data.curate.filters.own import RepeatedLines
 from stages.data.curate.filters.personal import PersonalNumbers
-from stages.data.curate.filters.repeated_lines import RepeatedLines
 from stages.data.curate.filters.scan import Scan
 from stages.formats.table import DOCUMENTS, content_hash, write_rows
 from tests.fixtures.block_fixtures import apply

@@ -16,7 +16,7 @@ from release.cards import document_tables
 from release.facts.data_facts import DataFacts
 from stages.data.curate import classifier_stage, filter_stage
 from stages.data.curate.classifier_stage import as_line, scorer
-from stages.data.curate.filters.classifier import Classifier
+from stages.data.curate.filters.own import Classifier
 from stages.data.recipe import load
 from stages.formats.table import DOCUMENTS, FAILED, content_hash, write_rows
 from tests.fixtures.block_fixtures import PII, apply

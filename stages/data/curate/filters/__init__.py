@@ -8,10 +8,10 @@ from pipeline.core.extensions import extend
 FILTERS = {
     "datatrove": "stages.data.curate.filters.block:BlockStep",
     "language": "stages.data.curate.filters.own:Language",
-    "classifier": "stages.data.curate.filters.classifier:Classifier",
+    "classifier": "stages.data.curate.filters.own:Classifier",
     "top_n_grams": "stages.data.curate.filters.own:TopNGrams",
     "scan": "stages.data.curate.filters.scan:Scan",
-    "repeated_lines": "stages.data.curate.filters.repeated_lines:RepeatedLines",
+    "repeated_lines": "stages.data.curate.filters.own:RepeatedLines",
     "personal_numbers": "stages.data.curate.filters.personal:PersonalNumbers",
     "code_shape": "stages.data.curate.filters.own:CodeShape",
     "python_syntax": "stages.data.curate.filters.own:PythonSyntax",

@@ -1,16 +1,19 @@
-"""Filters of this project: by language, by repeated n-grams, and by the shape and the syntax of source code."""
+"""Filters of this project: by language, by a classifier, by repeated n-grams and lines, and of source code."""
 
 from __future__ import annotations
 
 import ast
+import json
 import re
 import warnings
 from functools import cache
-from typing import Annotated, Any, Literal
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, PrivateAttr, model_validator
 
-from pipeline.core.bounds import Range, Share, Words
+from pipeline.core.bounds import Range, Share, SourceName, Words
+from pipeline.core.stage import Inputs
 from stages.data.curate.filters.base import Amount, Document, Filter, FilterFunction, Length, Positive, Removal
 
 _LID176 = """
@@ -24,6 +27,8 @@ so sq sr su sv sw ta te tg th tk tl tr tt tyv ug uk ur uz vec vep vi vls vo wa w
 SHORT = 4000
 # What the filter records: the code of the language, and its score.
 MEASURES = {"language": "string", "language_score": "float"}
+# What divides the lines and the paragraphs of a text.
+SEPARATORS = {"line": "\n", "paragraph": "\n\n"}
 # The languages that lid.176 identifies (fasttext.cc/docs/en/language-identification.html).
 LANGUAGES = frozenset(_LID176.split())
 
@@ -81,6 +86,85 @@ class Language(Filter):
             return document.text
 
         return function
+
+
+class Classifier(Filter):
+    """Keeps documents that score above the threshold of a classifier, which follows from its setting `keep`."""
+
+    step: Literal["classifier"]
+    """selects this step"""
+    classifier: SourceName
+    """name of a classifier of the data recipe"""
+    _folder: Path = PrivateAttr(Path())
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        return (f"classifier-{self.classifier}",)
+
+    def prepared(self, inputs: Inputs, documents: Path) -> Self:
+        step = self.model_copy()
+        step._folder = inputs[self.inputs[0]].path
+        return step
+
+    def function(self) -> FilterFunction:
+        from stages.data.curate.classifier_stage import META, MODEL, scorer
+
+        score, reason = scorer(self._folder / MODEL), f"{self.classifier}_score"
+        threshold = json.loads((self._folder / META).read_bytes())["threshold"]
+
+        def function(document: Document) -> str | Removal:
+            value = score(document.text)
+            return document.text if value > threshold else Removal(reason, value, threshold)
+
+        return function
+
+
+class RepeatedLines(Filter):
+    """Takes out lines that more documents of the same part of the source have than a maximum.
+
+    They are counted by hash, in lower case and without surrounding space. As in CCNet (Wenzek et al. 2020), the count
+    is that of a piece of the corpus and not of all of it. Each part is read twice, and memory holds eight bytes for
+    each different line of each of its documents.
+    """
+
+    step: Literal["repeated_lines"]
+    """selects this step"""
+    unit: Literal["line", "paragraph"] = "line"
+    """what is counted; paragraphs are divided by empty lines"""
+    max_documents: Positive = 10
+    """maximum number of documents of a part that have a line which is kept"""
+    min_characters: Amount = 20
+    """shorter lines are kept"""
+    _repeated: frozenset[int] = PrivateAttr(frozenset())
+
+    def prepared(self, inputs: Inputs, documents: Path) -> Self:
+        import numpy as np
+
+        from stages.formats.table import stream_batches
+
+        hashes = [np.empty(0, np.uint64)]
+        for batch in stream_batches(documents, ["text"]):
+            hashes += [np.array([*{*self._hashes(text)}], np.uint64) for text in batch["text"].to_pylist()]
+        values, counts = np.unique(np.concatenate(hashes), return_counts=True)
+        step = self.model_copy()
+        step._repeated = frozenset(values[counts > self.max_documents].tolist()) - {0}
+        return step
+
+    def function(self) -> FilterFunction:
+        return self._apply
+
+    def _apply(self, document: Document) -> str | Removal:
+        separator, repeated = SEPARATORS[self.unit], self._repeated
+        lines = zip(document.text.split(separator), self._hashes(document.text), strict=True)
+        text = separator.join(line for line, hash in lines if hash not in repeated)
+        return text if text.strip() or not document.text else Removal(f"only_repeated_{self.unit}s")
+
+    def _hashes(self, text: str) -> list[int]:
+        """Returns the hash of each line; 0 for one that is too short."""
+        from xxhash import xxh3_64_intdigest
+
+        lines = [line.strip().lower() for line in text.split(SEPARATORS[self.unit])]
+        return [xxh3_64_intdigest(line) if len(line) >= self.min_characters else 0 for line in lines]
 
 
 NGrams = Annotated[tuple[tuple[Annotated[int, Range(1, 100)], Share], ...], Field(max_length=100)]
