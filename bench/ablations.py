@@ -5,8 +5,8 @@
     .venv/bin/python bench/ablations.py --quick                               # 30 steps of one seed, to try it
     .venv/bin/python bench/ablations.py --plan bench/curation_ablation.yaml   # the questions of another file
 
-All runs read the same data, that of the base or of the plan's `data`. Both arms of a pair have the same training seed, so the same initial weights and rows as
-far as the setting leaves them equal.
+All runs read the same data, that of the base or of the plan's `data`. Both arms of a pair have the same training seed,
+so the same initial weights and rows as far as the setting leaves them equal.
 The effect is the difference of the last held-out losses of a phase, arm minus control, in nats a token: below 0 the arm
 is better. Its 95 % interval is over seeds (Student's). At this size an effect gives a sign, and no figure at scale.
 

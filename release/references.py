@@ -71,9 +71,10 @@ class Reference(Config):
                 f"release.by_reference names {source.name}, whose documents are drawn and in no file; leave it out"
             )
         for maker in (source.reader, *steps):
-            extension = isinstance(maker, Block) and maker.extension
-            if extension or isinstance(maker, RepeatedLines):
-                how = f"{maker.block} of an extension makes" if extension else "depend on the documents beside them"
+            how = f"{maker.block} of an extension makes" if isinstance(maker, Block) and maker.extension else ""
+            if isinstance(maker, RepeatedLines):
+                how = "depend on the documents beside them (step repeated_lines)"
+            if how:
                 raise AtomError(
                     f"release.by_reference names {source.name}, whose texts {how}; others cannot make them again, so "
                     "leave the source out"

@@ -19,6 +19,7 @@ from stages.data.acquire.acquire_stage import AcquireConfig
 from stages.data.acquire.sources import resolve_tree_digest
 from stages.data.recipe import load
 from stages.formats import file_digests
+from tests.fixtures.block_fixtures import apply
 
 JSONL_SOURCE = {
     "name": "notes",
@@ -42,6 +43,37 @@ def write_recipe(folder: Path, **changes: object) -> Path:
 def test_packaged_recipes_load_and_resolve(name: str) -> None:
     recipe = load(name).resolved()
     assert all(s.tree_digest.startswith("sha256:") and s.license and s.license_evidence for s in recipe.sources)
+
+
+def test_every_text_of_open_has_a_license_and_those_of_open_web_state_that_they_have_none() -> None:
+    licensed, web = load("open"), load("open-web")
+    unknown = {source.name for source in web.sources if source.license == "LicenseRef-unknown-web"}
+    assert unknown == {"web_edu", "web_dclm", "pdfs"} and web.notice is not None and licensed.notice is None
+    assert not any("unknown-web" in source.license for source in licensed.sources)
+    # By reference, each text must follow from its own document.
+    assert not any(step.name == "repeated_lines" for source in web.sources for step in source.steps)
+    kinds = {source.pipeline for source in licensed.sources}
+    assert {"web", "scans", "papers", "code", "conversations"} <= kinds == {source.pipeline for source in web.sources}
+
+
+@pytest.mark.parametrize(
+    ("source", "kept", "removed"),
+    [
+        ("math_forum", r"Prove $\frac{1}{2} + \sum_i x_i = \sqrt{2}$.", r"Only $\frac{1}{2}$ is here."),
+        (
+            "explained_forum",
+            "How?\nimport os\nx = {};\n    return x\nThanks.",
+            "If you import it\nfrom there, it works;\n",
+        ),
+        ("explained_code", "# this comment explains the next line of code\nx = 1\n" * 8, "# short\nx = 1\n" * 9),
+    ],
+)
+def test_a_rule_finds_mathematics_and_explained_code(source: str, kept: str, removed: str) -> None:
+    (row,) = (each for each in load("open").sources if each.name == source)
+    (rule,) = (step for step in row.steps if step.name == "RegexFilter")
+    function = rule.function()
+    assert apply(function, kept) == kept
+    assert not isinstance(apply(function, removed), str)
 
 
 def test_recipe_and_stage_configs_import_nothing_heavy() -> None:

@@ -6,6 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.core.errors import AtomError
+from release.references import Reference
+from stages.data.acquire.sources import Source
 from stages.data.curate.filters.base import Removal
 from stages.data.curate.filters.own import RepeatedLines
 from stages.data.curate.filters.personal import PersonalNumbers
@@ -111,3 +114,12 @@ def test_paragraphs_are_counted_as_a_whole(tmp_path: Path) -> None:
     apply_step = step.prepared({}, write_part(tmp_path, texts)).function()
     assert apply(apply_step, texts[1]) == "Page 1 has a text of its own."
     assert apply(apply_step, notice.replace("\n", " ")) == notice.replace("\n", " ")
+
+
+def test_texts_that_depend_on_others_are_not_published_by_reference(tmp_path: Path) -> None:
+    (tmp_path / "notes.jsonl").write_text('{"text": "A note."}\n')
+    settings = {"name": "notes", "kind": "prose", "license": "MIT", "license_evidence": "test", "origin": "test"}
+    source = Source.model_validate({**settings, "reader": {"reader": "jsonl", "path": str(tmp_path)}})
+    with pytest.raises(AtomError, match="release.by_reference names notes, whose texts depend on the documents beside"):
+        Reference.of(source, 0, [RepeatedLines(step="repeated_lines")])
+    assert Reference.of(source, 0, [Scan(step="scan")]).steps == (Scan(step="scan"),)

@@ -142,7 +142,7 @@ def run_shard(config: FilterConfig, inputs: Inputs, work: Path, shard: int) -> N
 
 def _stated(config: FilterConfig, inputs: Inputs) -> dict[str, Any]:
     """Returns the notice, the steps of each source with their settings, and what each classifier measured."""
-    sources, classifiers = {}, {}
+    sources, classifiers = {}, dict[str, Any]()
     for source in config.sources:
         steps = [{"name": step.name, **identity(step)} for step in source.steps]
         sources[source.name] = {"pipeline": source.pipeline, "steps": steps}

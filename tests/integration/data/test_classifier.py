@@ -116,11 +116,7 @@ def test_what_keeps_nothing_stops_in_one_sentence(tmp_path: Path, run_stage: Any
     empty = inputs | {"other": acquired(tmp_path / "empty", "other", [])}
     with pytest.raises(AtomError, match="classifier quality has no negative example in the split heldout"):
         train(run_stage, empty)
-    same = texts_of(GOOD, 80, 2)
-    equal = {
-        name: acquired(tmp_path / "equal", name, [same[0]] * 80 + extra)
-        for name, extra in (("good", []), ("other", []))
-    }
+    equal = {name: acquired(tmp_path / "equal", name, texts_of(GOOD, 1, 2) * 80) for name in ("good", "other")}
     with pytest.raises(AtomError, match="classifier quality (keeps nothing|has no)"):
         train(run_stage, equal)
 
@@ -157,7 +153,9 @@ def test_filtering_states_its_pipelines_and_classifiers(tmp_path: Path, run_stag
 
 def write_recipe(folder: Path, **changes: Any) -> Path:
     fixed = {"kind": "prose", "license": "CC0-1.0", "license_evidence": "test", "origin": "test"}
-    sources = [{"name": name, **fixed, "reader": {"reader": "jsonl", "path": "."}} for name in ("good", "other", "web")]
+    sources: list[dict[str, Any]] = [
+        {"name": name, **fixed, "reader": {"reader": "jsonl", "path": "."}} for name in ("good", "other", "web")
+    ]
     sources[2] |= {"pipeline": "web", "steps": [USED], "acknowledged_removals": {"classifier": 0.9, "PIIFormatter": 0}}
     recipe = {
         "name": "data",
