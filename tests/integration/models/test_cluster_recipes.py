@@ -222,7 +222,7 @@ def test_plan_without_the_data(name: str, tmp_path: Path) -> None:
     phases = [line.split()[0] for line in lines if "Gi  " in line]
     assert phases[:8] == [*(phase for phase, _ in trained(name)), "rlvr", "dpo", "reward"]
     body = json.loads(atom(tmp_path, "plan", name, "--json").stdout)
-    assert len(body["absent"]) == 20 and body["absent"][0] in lines
+    assert len(body["absent"]) == 30 and body["absent"][0] in lines
     training = {stage["name"]: stage["training"] for stage in body["stages"] if stage["training"]}
     assert training["pretrain"]["gflop_per_token"] > 2 and training["longcontext-2"]["sequence_length"] == 131072
     for command in ("run", name), ("submit", name, "--cluster", "h100-pyxis"):
