@@ -26,8 +26,8 @@ from pipeline.core.errors import AtomError
 from pipeline.core.stage import Config, Estimate, Inputs, Report, Stage
 from stages.data.curate.settings import expression_problem
 from stages.formats.seeds import seed_of
-from stages.formats.table import content_hash, part_files, split_of, write_json
-from stages.formats.text_sample import Sample
+from stages.formats.table import content_hash, sources_of, split_of, write_json
+from stages.formats.text_sample import Sample, choose_files
 
 VERSION = 1
 MODEL, META = "model.bin", "meta.json"
@@ -57,7 +57,7 @@ class ClassifierSettings(Config):
     """share of the held-out negative examples that score above the threshold; where these are a random draw of the
     filtered source, this is the share of it that the step keeps"""
     documents: Annotated[int, Range(20, 1e8)] = 200_000
-    """documents drawn from each source for each label"""
+    """documents drawn from each source for each label, of some of its parts"""
     heldout_fraction: Share = 0.1
     """share of the examples on which the threshold is set, and precision and recall are measured"""
     epochs: Annotated[int, Range(1, 1000)] = 5
@@ -82,7 +82,7 @@ def run(config: ClassifierConfig, inputs: Inputs, work: Path, out: Path, report:
     """Seals `model.bin` and `meta.json`: the examples, the threshold, and precision and recall on held-out examples.
 
     The inputs are the acquired documents of each source of the classifier, under its name. Memory holds the hashes of
-    the drawn documents, and the model. Each source is read twice for each of its labels.
+    the drawn documents, and the model. Time grows with `documents`, and not with the sources.
 
     Raises:
         AtomError: A label has no example of either split, or the classifier would keep nothing.
@@ -90,7 +90,7 @@ def run(config: ClassifierConfig, inputs: Inputs, work: Path, out: Path, report:
     settings, counts = config.classifier, Counter[str]()
     examples, heldout = work / "examples.txt", work / "heldout.txt"
     streams = [
-        _examples(settings, inputs[name].path / "documents", label)
+        _examples(settings, inputs[name].path, label)
         for label, names in ((POSITIVE, settings.positive), (NEGATIVE, settings.negative))
         for name in names
     ]
@@ -122,13 +122,9 @@ def _train(config: ClassifierConfig, examples: Path, model: Path) -> None:
     them: two trainings in one process differ, or end in "Encountered NaN". glibc fills new memory if MALLOC_PERTURB_ is
     set as the process starts, so the other vectors start at -3e-13.
     """
-    settings = config.classifier
-    arguments = {
-        "input": str(examples),
-        **FASTTEXT,
-        "seed": seed_of(f"classifier/{settings.name}", config.seed) % 2**31,  # fastText's seed is an int of 32 bits
-        "epoch": settings.epochs,
-    }
+    # fastText's seed is an int of 32 bits.
+    seed = seed_of(f"classifier/{config.classifier.name}", config.seed) % 2**31
+    arguments = {**FASTTEXT, "input": str(examples), "seed": seed, "epoch": config.classifier.epochs}
     command = [sys.executable, "-P", "-c", _TRAIN, json.dumps(arguments), str(model)]
     environment = {**os.environ, "MALLOC_PERTURB_": "85"}
     subprocess.run(command, env=environment, check=True)
@@ -154,10 +150,15 @@ def scorer(model: Path) -> Any:
     return score
 
 
-def _examples(settings: ClassifierSettings, documents: Path, label: str) -> Iterator[tuple[str, str]]:
-    """Yields (label, text) of the documents of a source with the least content hashes that fit the label."""
+def _examples(settings: ClassifierSettings, acquired: Path, label: str) -> Iterator[tuple[str, str]]:
+    """Yields (label, text) of the documents of a source with the least content hashes that fit the label.
+
+    Only as many parts are read as hold a few times the drawn documents, at 4 kB each.
+    """
     pattern = re.compile(settings.pattern) if settings.pattern else None
-    sample = Sample.draw(part_files(documents.parent, documents.name), None, settings.documents)
+    leave_out = {*sources_of(acquired)} - {"documents"}
+    files = choose_files(acquired, leave_out, settings.documents * 4000)["documents"]
+    sample = Sample.draw(files, None, settings.documents)
     for text in chain.from_iterable(sample.texts(min(settings.documents, len(sample.hashes)))):
         if pattern is None:
             yield label, text
