@@ -38,6 +38,8 @@ def test_an_entry_is_a_copy_or_states_how_it_is_made() -> None:
     [
         ("order-midtrain", "part-00000.parquet", ["dataset/order/midtrain/part-00000.parquet"]),
         ("acquire-prose", "source.json", ["dataset/sources/prose.json"]),
+        ("filter", "curation.json", ["dataset/curation.json"]),
+        ("classifier-quality", "model.bin", []),
         ("pretrain", "step-000040/state.json", ["checkpoints/pretrain-step-40/state.json"]),
         ("pretrain@40", "state.json", ["checkpoints/pretrain-step-40/state.json"]),
         ("size-1", "training.jsonl", ["evidence/training/size-1/training.jsonl"]),
