@@ -35,8 +35,9 @@ POSITIVE, NEGATIVE = "positive", "negative"
 # fastText takes a word that begins so for a label.
 LABEL = "__label__"
 MOST_CHARACTERS = 100_000  # of one document
-# Words and pairs of words; fewer hashed pairs than by default, so that a model has 51 MB beside its words.
-FASTTEXT = {"thread": 1, "verbose": 0, "dim": 64, "lr": 0.1, "wordNgrams": 2, "bucket": 200_000}
+# Words and pairs of words; fewer hashed pairs than by default, so that a model has 51 MB beside its words. The default
+# rate of 0.1 is too low for two thousand documents (docs/lab-log.md).
+FASTTEXT = {"thread": 1, "verbose": 0, "dim": 64, "lr": 0.5, "wordNgrams": 2, "bucket": 200_000}
 _TRAIN = "import fasttext, json, sys; fasttext.train_supervised(**json.loads(sys.argv[1])).save_model(sys.argv[2])"
 Sources = Annotated[tuple[SourceName, ...], Field(min_length=1, max_length=MOST_SOURCES)]
 
