@@ -1,0 +1,181 @@
+"""The law of `atom mix`: bits per byte of each domain as a function of the weights of the sources.
+
+Of weights w that sum to 1, a domain has bits(w) = floor + exp(slopes · w) (Data Mixing Laws, Ye et al. 2024,
+arXiv:2403.16952; their factor of the exponential is a part of the slopes here, since the weights sum to 1). Olmix
+(arXiv:2602.12237) kept this form after a comparison with other regressions.
+
+Each domain is fitted by the least squares of its bits. A sum of such laws with factors of at least 0 is convex in the
+weights, so that its minimum within bounds is the only one. A fit takes time in proportion to runs x sources^2 for each
+domain, of which leaving out takes one for each run and the bootstrap DRAWS. Memory: DRAWS x domains x sources numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from scipy.optimize import least_squares, minimize
+from scipy.stats import spearmanr
+
+# A float64 array; its shape stands with each name.
+Array = Any
+FORMULA = "bits = floor + exp(sum of slope x weight over sources)"
+# The refits of a bootstrap, and its seed.
+DRAWS, SEED = 100, 0
+# Floors from which a fit starts, as shares of the least bits: the loss of a fit has local minima.
+STARTS = (0.05, 0.3, 0.6, 0.9)
+# The largest exponent, so that no trial of a fit overflows.
+MOST = 50.0
+# A published weight is a multiple of one in so many.
+UNITS = 1_000_000
+
+
+@dataclass(frozen=True)
+class Law:
+    """The laws of D domains in the weights of S sources.
+
+    Attributes:
+        floors: Bits that no mix removes [D].
+        slopes: Exponents for each source [D, S].
+    """
+
+    floors: Array
+    slopes: Array
+
+    def bits(self, weights: Array) -> Array:
+        """Returns the bits per byte [..., D] at weights [..., S]."""
+        return self.floors + np.exp(np.minimum(weights @ self.slopes.T, MOST))
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A law with the runs that it was fitted to.
+
+    Attributes:
+        weights: Weights of the runs [n, S].
+        measured: Bits per byte of the runs [n, D].
+        law: The law.
+    """
+
+    weights: Array
+    measured: Array
+    law: Law
+
+    @cached_property
+    def left_out(self) -> Array:
+        """The bits of each run by a law that was fitted to the other runs [n, D]."""
+        numbers = np.arange(len(self.weights))
+        laws = [_fit(self.weights[numbers != n], self.measured[numbers != n], self.law) for n in numbers]
+        return np.asarray([law.bits(mix) for law, mix in zip(laws, self.weights, strict=True)])
+
+    @cached_property
+    def draws(self) -> list[Law]:
+        """The laws of a bootstrap: refits to the law plus residuals of runs, drawn with replacement.
+
+        All runs stay in each refit, or a source that few runs have would be lost in some. The residuals of one run stay
+        together, since they have one cause.
+        """
+        count, sources = self.weights.shape
+        fitted = self.law.bits(self.weights)
+        # The fit takes up part of the scatter, by its number of parameters.
+        residuals = (self.measured - fitted) * np.sqrt(count / (count - sources - 1))
+        chosen = np.random.default_rng(SEED).integers(count, size=(DRAWS, count))
+        return [_fit(self.weights, fitted + (residuals - residuals.mean(axis=0))[rows], self.law) for rows in chosen]
+
+
+def least_runs(sources: int) -> int:
+    """Returns the runs that a law needs: with each left out in turn, one more than its parameters."""
+    return sources + 3
+
+
+def fit(weights: Sequence[Sequence[float]], measured: Sequence[Sequence[float]]) -> Fit:
+    """Fits the law of each domain.
+
+    Args:
+        weights: Weights of the runs [n, S], each with the sum 1.
+        measured: Bits per byte of the runs [n, D], above 0.
+
+    Raises:
+        ValueError: With a sentence, if the runs cannot carry the law.
+    """
+    x, y = np.asarray(weights, float), np.asarray(measured, float)
+    count, sources = x.shape
+    if count < least_runs(sources) or np.linalg.matrix_rank(x) < sources:
+        raise ValueError(
+            f"the law of {sources} sources needs {least_runs(sources)} runs or more, whose mixes tell the sources "
+            f"apart, and there are {count}"
+        )
+    return Fit(x, y, _fit(x, y))
+
+
+def _fit(x: Array, y: Array, near: Law | None = None) -> Law:
+    """Fits each domain, from several starts or from a law that is near."""
+    found = []
+    for domain, values in enumerate(y.T):
+        least = values.min()
+        if near is None:
+            floors = [share * least for share in STARTS]
+            # For a given floor, the logarithm of the rest is linear in the weights.
+            starts = [np.r_[floor, np.linalg.lstsq(x, np.log(values - floor), rcond=None)[0]] for floor in floors]
+        else:
+            starts = [np.r_[np.clip(near.floors[domain], 0.01 * least, 0.99 * least), near.slopes[domain]]]
+        found.append(min((_least_squares(x, values, start) for start in starts), key=lambda result: result.cost).x)
+    parameters = np.asarray(found)
+    return Law(parameters[:, 0], parameters[:, 1:])
+
+
+def _least_squares(x: Array, values: Array, start: Array) -> Any:
+    def power(parameters: Array) -> Array:
+        return np.exp(np.minimum(x @ parameters[1:], MOST))
+
+    return least_squares(
+        lambda parameters: parameters[0] + power(parameters) - values,
+        start,
+        lambda parameters: np.c_[np.ones(len(values)), power(parameters)[:, None] * x],
+        # Bits are not below 0, and a floor above a measured value would contradict it.
+        bounds=([0.0, *[-np.inf] * x.shape[1]], [values.min(), *[np.inf] * x.shape[1]]),
+        x_scale="jac",
+    )
+
+
+def rank_correlation(expected: Array, measured: Array) -> float:
+    """Returns Spearman's rank correlation; 0 if all values of one side are equal."""
+    return float(spearmanr(expected, measured).statistic) if np.ptp(expected) and np.ptp(measured) else 0.0
+
+
+def can_serve(limits: Array) -> bool:
+    """Returns True if weights that are not above limits [S] can sum to 1."""
+    return bool(np.floor(limits * UNITS).sum() >= UNITS)
+
+
+def propose(law: Law, factors: Array, limits: Array) -> Array:
+    """Returns the weights [S] with the least bits, which sum to 1; none is above its limit.
+
+    Args:
+        law: The law.
+        factors: Factors of the domains [D] in the sum of bits, at least 0.
+        limits: Largest weight of each source [S], at most 1, which `can_serve`.
+    """
+    found = minimize(
+        lambda mix: law.bits(mix) @ factors,
+        limits / limits.sum(),
+        jac=lambda mix: (factors * (law.bits(mix) - law.floors)) @ law.slopes,
+        method="SLSQP",
+        bounds=[(0.0, limit) for limit in limits],
+        constraints=[{"type": "eq", "fun": lambda mix: mix.sum() - 1, "jac": np.ones_like}],
+        options={"ftol": 1e-10, "maxiter": 1000},
+    )
+    return rounded(found.x, limits)
+
+
+def rounded(weights: Array, limits: Array) -> Array:
+    """Returns weights near others [S], in whole UNITS, that sum to 1 and are not above limits [S]."""
+    most, exact = np.floor(limits * UNITS), weights * UNITS
+    counts = np.clip(np.floor(exact), 0, most)
+    # What is missing goes to the sources that lost most by rounding, as far as their limits have room.
+    for source in np.argsort(counts - exact, kind="stable"):
+        counts[source] += np.clip(UNITS - counts.sum(), -counts[source], most[source] - counts[source])
+    return counts / UNITS
