@@ -1,4 +1,4 @@
-"""All plots of a release, drawn with matplotlib: of training and scores, and of the laws of `atom ladder`.
+"""All plots of a release, drawn with matplotlib: of training and scores, and of the laws of `atom ladder` and `atom mix`.
 
 Each is a PNG that is drawn from the files beside it, always with equal bytes. Equal bytes are promised for one version
 of matplotlib and its fonts, which the text entry `Software` of the PNG names. With other versions a check can still
@@ -11,7 +11,7 @@ import importlib.util
 import io
 import struct
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -253,3 +253,25 @@ def law(drawing: Drawing) -> bytes:
         axis.legend(fontsize=8, frameon=False)
 
     return png((7.0, 4.2), paint)
+
+
+def pareto(report: Mapping[str, Any]) -> bytes:
+    """Draws the mean bits per byte of the mixes of `atom mix` by those of each domain, in a panel for each.
+
+    Args:
+        report: The content of mix.json.
+    """
+    factors = report["domains"]
+
+    def paint(figure: Figure) -> None:
+        for axis, domain in zip(figure.subplots(len(factors), 1, squeeze=False)[:, 0], factors, strict=True):
+            series = {"proxies, measured": report["runs"], "best mixes": report["pareto"][domain]}
+            series |= {f"{name} mix": [mix] for name, mix in report["mixes"].items()}
+            for number, (label, mixes) in enumerate(series.items()):
+                means = [sum(factor * mix["bits"][name] for name, factor in factors.items()) for mix in mixes]
+                style = {"marker": MARKERS[number], "linestyle": "-" if label == "best mixes" else "", "markersize": 4}
+                axis.plot([mix["bits"][domain] for mix in mixes], means, color=COLORS[number], label=label, **style)
+            _panel(axis, f"Mean bits per byte by those of {domain}", "mean bits per byte")
+        axis.legend(fontsize=8, frameon=False)
+
+    return png((7.0, 2.9 * len(factors)), paint)

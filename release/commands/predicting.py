@@ -1,17 +1,27 @@
 """The commands that predict runs, and the one that shows the whole pipeline.
 
-`predict` seals what it says of a run, `ladder` fits a law and predicts by it, and `demo` makes a tiny release.
+`predict` seals what it says of a run, `ladder` fits a law and predicts by it, `mix` fits one to small runs and proposes
+a mix of sources, and `demo` makes a tiny release.
 """
 
 from __future__ import annotations
 
 import json
+import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from pipeline.operations.command_options import JsonOption, QuietOption, RecipeArgument, graph_of, open_store
+from pipeline.operations.command_options import (
+    JsonOption,
+    ProfileOption,
+    QuietOption,
+    RecipeArgument,
+    graph_of,
+    open_store,
+)
 
 app = typer.Typer()
 
@@ -93,13 +103,13 @@ def ladder(
     if out is not None:
         from release.cards import plots
 
-        ladder_report.write(result, plots.law(ladder_report.drawing(result)), out)
+        ladder_report.write(result.to_json(), plots.law(ladder_report.drawing(result)), out, "ladder")
     if as_json:
         print(json.dumps(result.to_json(), indent=1, sort_keys=True, allow_nan=False))
         return
     print(*ladder_report.sentences(result), sep="\n")
     if out is not None:
-        print(f"written: {out / ladder_report.REPORT}, {out / ladder_report.PLOT}")
+        print(f"written: {out / 'ladder.json'}, {out / 'ladder.png'}")
 
 
 def _figures(run: str) -> dict[str, float]:
@@ -119,6 +129,72 @@ def _figures(run: str) -> dict[str, float]:
             f"--next {escaped(run, 80)} must be {len(COLUMNS)} numbers above 0 ({', '.join(COLUMNS)}), or a recipe"
         )
     return dict(zip(COLUMNS, values, strict=True))
+
+
+@app.command()
+def mix(
+    recipe: RecipeArgument,
+    target: Annotated[str, typer.Option("--for", metavar="RECIPE", help="the run that the mix is for")],
+    runs: Annotated[int, typer.Option(max=10_000, help="proxies: runs of the small recipe with other weights")] = 24,
+    jobs: Annotated[int, typer.Option(min=1, max=1000, help="proxies at a time on this machine")] = 2,
+    weights: Annotated[str, typer.Option(help="domains that count, as a=2,b=1; default: all mixed, equally")] = "",
+    cluster: ProfileOption = "local",
+    out: Annotated[Path | None, typer.Option(metavar="FOLDER", help="write mix.json and mix.png there")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="list the proxies with their minutes; run nothing")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Propose a mix of sources, from small runs.
+
+    The small recipe is run with drawn weights in pretrain.mix, up to evaluate-base. What is sealed is not run again,
+    and Ctrl-C stops cleanly. A law is fitted to the bits per byte of each domain, and the mix with the least mean is
+    proposed for the run of --for, which reads no source more than four times. On a Slurm cluster the proxies are
+    submitted; run the command again once they are sealed.
+
+    Example: atom mix small --for large --runs 24 --out mix
+    """
+    from pipeline.graph import dag, plan
+    from pipeline.launch import cluster_profile, slurm
+    from pipeline.operations import fit
+    from release.cards import plots
+    from release.prediction import ladder, mixtures
+
+    store, profile, factors = open_store(), cluster_profile.load(cluster), mixtures.factors_of(weights)
+    small, large = graph_of(recipe, without_data=dry_run), graph_of(target, without_data=True)
+    sources, end = list(mixtures.mix_of(small)), mixtures.EVALUATION
+    mixtures.target_of(large, sources, store)  # raises for too small a supply, before anything is run
+    proxies = mixtures.proxies_of(small, runs, store, without_data=dry_run)
+    if dry_run:
+        counted, rows = set[str](), []
+        for proxy in proxies:
+            stages = plan.plan(proxy, dag.states(proxy, store), proxy.select(end, None), profile.other_python)
+            # Stages that proxies share are those of the first one.
+            own = [row for row in stages if row.state.key not in counted]
+            counted |= {row.state.key for row in own}
+            minutes = 60 * fit.estimate_costs(own, profile, plan.is_small(proxy)).total.hours
+            rows.append({"name": proxy.recipe.config.name, "minutes": minutes, "mix": mixtures.mix_of(proxy)})
+        lines = [f"{row['name']}: {row['minutes']:.1f} minutes, {row['mix']}" for row in rows]
+        print(json.dumps(rows, indent=1) if as_json else "\n".join(lines))
+        return
+    waiting = [proxy for proxy in proxies if not store.sealed(proxy.nodes[end].key)]
+    if waiting and profile.slurm is not None:
+        for proxy in waiting:
+            fit.require(proxy, store, proxy.select(end, None), profile)
+            slurm.submit(proxy, store, proxy.select(end, None), profile, cluster)
+        print(f"{len(waiting)} of {runs} proxies are in Slurm; run this again once they are sealed (atom status)")
+        return
+    try:
+        note = partial(print, file=sys.stderr, flush=True)
+        mixtures.run_all([proxy.recipe.path for proxy in waiting], jobs, cluster, note)
+    except KeyboardInterrupt:
+        print("atom: stopped; run the same command to go on from here", file=sys.stderr)
+        raise typer.Exit(130) from None
+    # Again, since the supply is counted once the corpus is tokenized.
+    report = mixtures.report_of(proxies, mixtures.target_of(large, sources, store), factors, store)
+    if out is not None:
+        ladder.write(report, plots.pareto(report), out, "mix")
+    print(json.dumps(report, indent=1, sort_keys=True) if as_json else "\n".join(mixtures.sentences(report)))
 
 
 @app.command()

@@ -28,7 +28,6 @@ from stages.evaluation.scaling_laws import COLUMNS, FORMULA, LEVEL, Array, Band,
 
 # Version of the form of ladder.json.
 SCHEMA = 1
-REPORT, PLOT = "ladder.json", "ladder.png"
 # Places of the drawn law.
 CURVE = 40
 # Sizes with a color of their own in the plot; of more, all points have one.
@@ -240,11 +239,12 @@ def make(points: Sequence[Point], following: Sequence[tuple[str, Mapping[str, fl
     return Ladder(points, fit, expectations)
 
 
-def write(ladder: Ladder, plot: bytes, folder: Path) -> None:
-    """Writes REPORT and PLOT into a folder, which is made."""
+def write(report: Mapping[str, Any], plot: bytes, folder: Path, name: str) -> None:
+    """Writes a report and its plot into a folder, which is made."""
     folder.mkdir(parents=True, exist_ok=True)
-    atomic_files.write(folder / REPORT, json.dumps(ladder.to_json(), indent=1, sort_keys=True, allow_nan=False) + "\n")
-    atomic_files.write(folder / PLOT, plot)
+    body = json.dumps(report, indent=1, sort_keys=True, allow_nan=False) + "\n"
+    atomic_files.write(folder / f"{name}.json", body)
+    atomic_files.write(folder / f"{name}.png", plot)
 
 
 def sentences(ladder: Ladder) -> list[str]:

@@ -14,13 +14,12 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -31,20 +30,21 @@ from pipeline.core import atomic_files
 from pipeline.core.errors import AtomError
 from pipeline.core.progress import duration, human
 from pipeline.core.store import Store
+from pipeline.core.text import escaped
 from pipeline.core.yaml_text import parse_yaml
 from pipeline.graph import dag
 from pipeline.graph import recipe as recipes
 from pipeline.graph.dag import Graph
-from pipeline.graph.recipe import Recipe
 from release.prediction.sealing import EVALUATION, pretraining, sealed
 from stages.evaluation import mixing_law
 from stages.evaluation.mixing_law import Array, Fit, Law
-from stages.evaluation.scaling_laws import LEVEL, Band, band
+from stages.evaluation.scaling_laws import LEVEL, band
 
 # Version of the form of mix.json.
 SCHEMA = 1
-REPORT, PLOT, FOLDER = "mix.json", "mix.png", "mixtures"
-# Passes over a source up to which repeated tokens are nearly worth new ones (Muennighoff et al. 2023, arXiv:2305.16264).
+FOLDER = "mixtures"
+# Passes over a source up to which repeated tokens are nearly worth new ones (Muennighoff et al. 2023,
+# arXiv:2305.16264).
 EPOCHS = 4.0
 # Bytes of a token where none were counted; small vocabularies have fewer, and then more tokens.
 BYTES_PER_TOKEN = 4.0
@@ -56,8 +56,6 @@ RANKS = 0.7
 CARRIES_OVER = 15_000_000
 # Places of a Pareto curve.
 CURVE = 11
-# Seconds between two looks at the runs.
-POLL = 0.2
 
 
 class Supply(NamedTuple):
@@ -79,10 +77,9 @@ def supply_of(graph: Graph, store: Store | None = None) -> dict[str, Supply]:
         counted = store.open(key).json("meta.json")["tokens"]["train"]
         return {source.name: Supply(float(counted.get(source.name, 0)), "counted") for source in data.sources}
     supply = {source.name: Supply(None, "unknown") for source in data.sources}
-    for source in data.sources:
-        if source.expected:
-            size = source.expected.bytes * (1 - data.heldout_fraction_of(source))
-            supply[source.name] = Supply(size / BYTES_PER_TOKEN, "stated")
+    for source in filter(lambda source: source.expected, data.sources):
+        size = source.expected.bytes * (1 - data.heldout_fraction_of(source))
+        supply[source.name] = Supply(size / BYTES_PER_TOKEN, "stated")
     return supply
 
 
@@ -127,7 +124,7 @@ def draw(own: Mapping[str, float], natural: Mapping[str, float] | None, runs: in
 
 
 def proxies_of(graph: Graph, runs: int, store: Store, without_data: bool = False) -> list[Graph]:
-    """Returns the graphs of the proxies of a small recipe. Their files are not written yet.
+    """Writes the recipes of the proxies of a small recipe, and returns their graphs.
 
     Args:
         graph: The small recipe.
@@ -136,50 +133,40 @@ def proxies_of(graph: Graph, runs: int, store: Store, without_data: bool = False
         without_data: See `dag.compose`.
 
     Raises:
-        AtomError: If the recipe has a single source, or the runs are too few for a law.
+        AtomError: If the runs are too few for a law.
     """
-    own, name, least = mix_of(graph), graph.recipe.config.name, mixing_law.least_runs(len(mix_of(graph)))
-    if len(own) < 2:
-        raise AtomError(f"pretrain.mix of {name} has a single source, so that there is nothing to weigh; add another")
-    if runs < least:
+    own, name = mix_of(graph), graph.recipe.config.name
+    if runs < (least := mixing_law.least_runs(len(own))):
         raise AtomError(f"--runs {runs}: the law of the {len(own)} sources of {name} needs at least {least} runs")
     mixes = draw(own, natural_mix(supply_of(graph), list(own)), runs, graph.recipe.config.seed)
     derived = [_derived(graph.recipe, mix, f"{name[:56]}-mix-{n:03}", store) for n, mix in enumerate(mixes, 1)]
     return [dag.compose(recipe, store, without_data) for recipe in derived]
 
 
-def _derived(recipe: Recipe, mix: Mapping[str, float], name: str, store: Store) -> Recipe:
-    """Returns a recipe with another name and mix in the folder of proxies, whose paths lead to the same files."""
+def _derived(recipe: recipes.Recipe, mix: Mapping[str, float], name: str, store: Store) -> recipes.Recipe:
+    """Writes a recipe with another name and mix into the folder of proxies. Its paths lead to the same files."""
     own, base = f"recipes/{recipe.path.name}", recipe.path.parent
     folder = (store.home / FOLDER / recipe.config.name).resolve()
     raw: Any = parse_yaml(recipe.files[own], recipe.title)
     data = recipes.find(raw["data"], "data_recipes", "data recipe", base)
     raw |= {"name": name, "data": os.path.relpath(data.resolve(), folder)}
     raw["pretrain"] = {**raw["pretrain"], "mix": dict(mix)}
-    tasks = (raw["evaluation"].get("harness") or {}).get("folders", ())
-    for section, field in (raw.get("start_from") or {}, "folder"), *((entry, "path") for entry in tasks):
+    task_sets = (raw["evaluation"].get("harness") or {}).get("folders", ())
+    for section, field in (raw.get("start_from") or {}, "folder"), *((tasks, "path") for tasks in task_sets):
         if section.get(field):
             section[field] = os.path.relpath((base / section[field]).resolve(), folder)
     content = yaml.safe_dump(raw, sort_keys=False, allow_unicode=True).encode()
-    files = {place: body for place, body in recipe.files.items() if place != own} | {f"recipes/{name}.yaml": content}
-    return replace(
-        recipe, path=folder / f"{name}.yaml", config=recipes.schema().model_validate(raw), files=files
-    )
-
-
-def write_recipe(recipe: Recipe) -> None:
-    """Writes the file of a proxy's recipe, and its extensions beside it."""
-    modules = recipe.extensions.files()
-    for name, content in {**modules, recipe.path.name: recipe.files[f"recipes/{recipe.path.name}"]}.items():
-        path = recipe.path.parent / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        atomic_files.write(path, content)
+    for file, body in {**recipe.extensions.files(), f"{name}.yaml": content}.items():
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        atomic_files.write(folder / file, body)
+    files = {file: body for file, body in recipe.files.items() if file != own} | {f"recipes/{name}.yaml": content}
+    return replace(recipe, path=folder / f"{name}.yaml", config=recipes.schema().model_validate(raw), files=files)
 
 
 def run_all(files: Sequence[Path], jobs: int, cluster: str, note: Callable[[str], None]) -> None:
     """Runs recipes up to the evaluation of the base model, each as `atom run`.
 
-    After a failure, or Ctrl-C, no further run begins. A failure lets the others end; Ctrl-C stops them cleanly.
+    After a failure or Ctrl-C, no further run begins. Ctrl-C of a terminal reaches the runs, which stop cleanly.
 
     Args:
         files: The recipes. What a run prints is appended to a file beside its recipe.
@@ -191,32 +178,25 @@ def run_all(files: Sequence[Path], jobs: int, cluster: str, note: Callable[[str]
         AtomError: If a run failed, with its last line.
         KeyboardInterrupt: After the runs have stopped.
     """
-    waiting, running, begin, failed = list(files), dict[Path, subprocess.Popen[bytes]](), time.monotonic(), None
+
+    def run(file: Path) -> int:
+        command = [sys.executable, "-m", "pipeline.cli", "run", str(file), "--until", EVALUATION, "--cluster", cluster]
+        with open(file.with_suffix(".log"), "ab") as log:
+            return subprocess.run(command, stdout=log, stderr=log, check=False).returncode
+
+    begin, pool = time.monotonic(), ThreadPoolExecutor(jobs)
+    futures = {pool.submit(run, file): file for file in files}
     try:
-        while running or (waiting and failed is None):
-            while waiting and failed is None and len(running) < jobs:
-                file = waiting.pop(0)
-                command = [sys.executable, "-m", "pipeline.cli", "run", str(file), "--until", EVALUATION]
-                command += ["--cluster", cluster]
-                with open(file.with_suffix(".log"), "ab") as log:
-                    # In a session of its own: Ctrl-C of a terminal reaches it once, from here.
-                    running[file] = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
-            time.sleep(POLL)
-            for file in [file for file, process in running.items() if process.poll() is not None]:
-                failed = file if running.pop(file).returncode else failed
-                left = len(waiting) + len(running)
-                eta = duration((time.monotonic() - begin) / (len(files) - left) * left)
-                note(f"{file.stem} is over; {len(files) - left} of {len(files)}, eta {eta}")
-    except KeyboardInterrupt:
-        for process in running.values():
-            process.send_signal(signal.SIGINT)
-        for process in running.values():
-            process.wait()
-        raise
-    if failed is not None:
-        log_file = failed.with_suffix(".log")
-        (line,) = log_file.read_text("utf-8", "replace").strip().splitlines()[-1:] or ["without a word"]
-        raise AtomError(f"{failed.stem} failed: {line.removeprefix('atom: ')} (log: {log_file})")
+        for number, future in enumerate(as_completed(futures), 1):
+            file = futures[future]
+            if future.result():
+                log = file.with_suffix(".log")
+                line = log.read_text("utf-8", "replace").strip().rpartition("\n")[2].removeprefix("atom: ")
+                raise AtomError(f"{file.stem} failed: {line} (log: {log})")
+            eta = duration((time.monotonic() - begin) / number * (len(files) - number))
+            note(f"{file.stem} is done; {number} of {len(files)}, eta {eta}")
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def bits_of(graph: Graph, store: Store) -> dict[str, float]:
@@ -225,214 +205,167 @@ def bits_of(graph: Graph, store: Store) -> dict[str, float]:
     return {source: float(row["value"]) for source, row in scores["bits_per_byte"].items()}
 
 
-@dataclass(frozen=True)
-class Target:
+class Target(NamedTuple):
     """The run that a mix is for.
 
     Attributes:
         name: Its recipe.
         tokens: Tokens of its pre-training.
         supply: The supply of the S sources, by name.
+        limits: The largest weights [S]: those with which a source is read EPOCHS times, or 1.
     """
 
     name: str
     tokens: int
     supply: Mapping[str, Supply]
-
-    @cached_property
-    def limits(self) -> Array:
-        """The largest weights [S]: those with which a source is read EPOCHS times, or 1.
-
-        Raises:
-            AtomError: If all sources together have too few tokens.
-        """
-        most = [1.0 if known is None else EPOCHS * known / self.tokens for known, _ in self.supply.values()]
-        limits = np.minimum(most, 1.0)
-        if not mixing_law.can_serve(limits):
-            raise AtomError(
-                f"{self.name} reads {human(self.tokens)} tokens, and {EPOCHS:g} epochs of {', '.join(self.supply)} are "
-                f"{human(sum(most) * self.tokens)}; shorten its pre-training, or add sources"
-            )
-        return limits
+    limits: Array
 
 
 def target_of(graph: Graph, sources: Sequence[str], store: Store) -> Target:
-    """Returns a recipe as the target. Raises AtomError if its data lacks a source."""
+    """Returns a recipe as the target. Raises AtomError if its data lacks a source, or has too few tokens for it."""
     config, supply, name = vars(pretraining(graph).config), supply_of(graph, store), graph.recipe.config.name
     if missing := [source for source in sources if source not in supply]:
         raise AtomError(f"the data of {name} has no source {missing[0]}, which the proxies mix; add it there")
-    return Target(name, config["phase"].tokens(), {source: supply[source] for source in sources})
+    supply, tokens = {source: supply[source] for source in sources}, config["phase"].tokens()
+    most = [1.0 if known is None else EPOCHS * known / tokens for known, _ in supply.values()]
+    if not mixing_law.can_serve(limits := np.minimum(most, 1.0)):
+        raise AtomError(
+            f"{name} reads {human(tokens)} tokens, and {EPOCHS:g} epochs of {', '.join(sources)} are "
+            f"{human(sum(most) * tokens)}; shorten its pre-training, or add sources"
+        )
+    return Target(name, tokens, supply, limits)
 
 
-@dataclass(frozen=True)
-class Mixture:
-    """The result of `atom mix`.
+def factors_of(text: str) -> dict[str, float]:
+    """Returns the factors of `--weights`, by domain. Raises AtomError for another form."""
+    try:
+        factors = {domain: float(factor) for domain, factor in (part.split("=") for part in text.split(",") if part)}
+    except ValueError:
+        factors = {"": 0.0}
+    if not all(0 < factor < np.inf for factor in factors.values()):
+        raise AtomError(f"--weights {escaped(text, 80)}: write such as manuals=2,programs=1, with numbers above 0")
+    return factors
 
-    Attributes:
+
+def report_of(proxies: Sequence[Graph], target: Target, domains: Mapping[str, float], store: Store) -> dict[str, Any]:
+    """Fits the law to sealed proxies, and proposes a mix.
+
+    Args:
         proxies: The proxies.
         target: The run that the mix is for.
-        domains: Factor of each of D domains, which sum to 1.
-        fit: The law.
+        domains: Factors of D domains, which are sources with held-out documents; empty: those that are mixed, equally.
+        store: The home.
+
+    Returns:
+        The content of mix.json.
+
+    Raises:
+        AtomError: If a proxy is not sealed, or a domain was not scored.
     """
+    sources, scores = list(target.supply), [bits_of(proxy, store) for proxy in proxies]
+    domains = domains or {source: 1.0 for source in sources if source in scores[0]}
+    if unknown := [domain for domain in domains if domain not in scores[0]]:
+        raise AtomError(f"{unknown[0]} has no held-out documents that were scored; there are {', '.join(scores[0])}")
+    measured = np.asarray([[row[domain] for domain in domains] for row in scores])
+    fit = mixing_law.fit(np.asarray([_row(sources, mix_of(proxy)) for proxy in proxies]), measured)
+    findings = _findings(fit, target, np.asarray(list(domains.values())) / sum(domains.values()), list(domains))
+    about = {"schema": SCHEMA, "formula": mixing_law.FORMULA, "level": LEVEL}
+    about["target"] = {"name": target.name, "tokens": target.tokens, "epochs": EPOCHS}
+    return {**about, **findings, "remarks": list(_remarks(proxies[0], findings))}
 
-    proxies: Sequence[Graph]
-    target: Target
-    domains: Mapping[str, float]
-    fit: Fit
 
-    @cached_property
-    def factors(self) -> Array:
-        return np.asarray(list(self.domains.values()))
+def _findings(fit: Fit, target: Target, factors: Array, domains: Sequence[str]) -> dict[str, Any]:
+    """Returns the part of mix.json that follows from the law and the factors [D] of the domains."""
+    law, draws, sources = fit.law, fit.draws, list(target.supply)
 
-    def propose(self, law: Law) -> Array:
-        return mixing_law.propose(law, self.factors, self.target.limits)
+    def best(law: Law, factors: Array) -> Array:
+        return mixing_law.propose(law, factors, target.limits)
 
-    @cached_property
-    def mixes(self) -> dict[str, Array]:
-        """The proposed mix, that of the small recipe, and the natural one if the supply is known, all [S]."""
-        sources = list(self.target.supply)
-        named = {"recipe": mix_of(self.proxies[0]), "natural": natural_mix(self.target.supply, sources)}
-        rows = {name: np.asarray([mix.get(source, 0.0) for source in sources]) for name, mix in named.items() if mix}
-        return {"proposed": self.propose(self.fit.law), **rows}
+    def entry(mix: Array, bits: Array | None = None) -> dict[str, Any]:
+        expected = law.bits(mix) if bits is None else bits
+        return {"weights": _named(sources, mix), "bits": _named(domains, expected)}
 
-    @cached_property
-    def spread(self) -> list[Band]:
-        """The proposed weights, with the bands of those that the laws of the bootstrap propose."""
-        drawn = np.asarray([self.propose(law) for law in self.fit.draws])
-        return [band(float(weight), drawn[:, n]) for n, weight in enumerate(self.mixes["proposed"])]
+    def spread(mix: Array, less: Array | None = None) -> dict[str, float]:
+        value, drawn = ((each.bits(mix) - (0 if less is None else each.bits(less))) @ factors for each in (law, draws))
+        return asdict(band(float(value), drawn))
 
-    def mean_bits(self, name: str, less: str | None = None) -> Band:
-        """Returns what is expected of the mean bits per byte of a mix, or of its difference from another one."""
-
-        def mean(law: Law) -> float:
-            return float((law.bits(self.mixes[name]) - (law.bits(self.mixes[less]) if less else 0)) @ self.factors)
-
-        return band(mean(self.fit.law), np.asarray([mean(law) for law in self.fit.draws]))
-
-    @cached_property
-    def correlations(self) -> dict[str, float]:
-        """Rank correlations of the proxies, between measured bits and those expected from the others: mean, domains."""
-        expected, measured = self.fit.left_out, self.fit.measured
-        columns = {"mean": (expected @ self.factors, measured @ self.factors)}
-        columns |= dict(zip(self.domains, zip(expected.T, measured.T, strict=True), strict=True))
-        return {name: mixing_law.rank_correlation(*pair) for name, pair in columns.items()}
-
-    @cached_property
-    def pareto(self) -> dict[str, list[Array]]:
-        """The best mixes as one domain counts more and more, from the proposal to the best mix of this domain alone."""
-        laws, limits, alone = self.fit.law, self.target.limits, np.eye(len(self.factors))
-        shares = np.linspace(0, 1, CURVE)
-        return {
-            domain: [mixing_law.propose(laws, (1 - s) * self.factors + s * alone[n], limits) for s in shares]
-            for n, domain in enumerate(self.domains)
-        }
-
-    def remarks(self) -> Iterator[str]:
-        """Yields sentences on what the proposal rests on."""
-        config = vars(pretraining(self.proxies[0]).config)
-        parameters = config["model"].parameters(config["padded_vocab_size"])["total"]
-        if parameters < CARRIES_OVER:
-            yield (
-                f"the proxies have {human(parameters)} parameters; ranks of mixes are known to carry over to large "
-                f"models from {human(CARRIES_OVER)} on"
-            )
-        rows = zip(self.target.supply.items(), self.mixes["proposed"], self.fit.weights.T, strict=True)
-        for (source, supply), weight, drawn in rows:
-            if not drawn.min() <= weight <= drawn.max():
-                yield f"the proposed weight of {source} is outside those of the proxies"
-            if supply.tokens is None:
-                yield f"the supply of {source} is unknown and limits nothing; state `expected` in the data recipe"
-
-    def to_json(self) -> dict[str, Any]:
-        law, supply, sources = self.fit.law, self.target.supply, list(self.target.supply)
-
-        def expected(weights: Array) -> dict[str, Any]:
-            return {"weights": _named(sources, weights), "bits": _named(self.domains, law.bits(weights))}
-
-        return {
-            "schema": SCHEMA,
-            "formula": mixing_law.FORMULA,
-            "level": LEVEL,
-            "target": {"name": self.target.name, "tokens": self.target.tokens, "epochs": EPOCHS},
-            "domains": dict(self.domains),
-            "sources": {
-                source: {**supply[source]._asdict(), "limit": float(limit), "proposed": asdict(spread)}
-                for source, limit, spread in zip(sources, self.target.limits, self.spread, strict=True)
-            },
-            "law": {
-                domain: {"floor": float(floor), "slopes": _named(sources, slopes)}
-                for domain, floor, slopes in zip(self.domains, law.floors, law.slopes, strict=True)
-            },
-            "rank_correlation": self.correlations,
-            "ranks": self.correlations["mean"] >= RANKS,
-            "mixes": {name: {**expected(mix), "mean": asdict(self.mean_bits(name))} for name, mix in self.mixes.items()},
-            "runs": [
-                {
-                    "name": proxy.recipe.config.name,
-                    "weights": _named(sources, mix),
-                    "bits": _named(self.domains, bits),
-                }
-                for proxy, mix, bits in zip(self.proxies, self.fit.weights, self.fit.measured, strict=True)
-            ],
-            "pareto": {domain: list(map(expected, mixes)) for domain, mixes in self.pareto.items()},
-            "remarks": list(self.remarks()),
-        }
-
-    def sentences(self) -> list[str]:
-        """Returns the lines that the command prints."""
-        ranks = ", ".join(f"{name} {value:.2f}" for name, value in self.correlations.items())
-        verdict = "ranks" if self.correlations["mean"] >= RANKS else "DOES NOT RANK"
-        lines = [f"the law {verdict} the {len(self.proxies)} proxies, each left out of it: correlation of ranks {ranks}"]
-        if verdict != "ranks":
-            lines[0] += "; do not use the mix below, but train proxies longer or add some"
-        lines.append(f"proposed for {human(self.target.tokens)} tokens of {self.target.name}, bands of {LEVEL:.0%}:")
-        for (source, (tokens, basis)), row in zip(self.target.supply.items(), self.spread, strict=True):
-            use = f"{row.value * self.target.tokens / tokens:.2g} epochs of {human(tokens)}" if tokens else "supply"
-            lines.append(f"  {source} {_text(row, '.3f')}, {use} {basis}")
-        for name, mix in self.mixes.items():
-            bits = ", ".join(f"{domain} {value:.3f}" for domain, value in _named(self.domains, self.fit.law.bits(mix)).items())
-            less = f"; proposed less this: {_text(self.mean_bits('proposed', name), '+.4f')}" if name != "proposed" else ""
-            lines.append(f"{name} mix: {_text(self.mean_bits(name), '.4f')} bits per byte ({bits}){less}")
-        mix = {source: weight for source, weight in _named(self.target.supply, self.mixes["proposed"]).items() if weight}
-        return [*lines, *self.remarks(), f"mix: {json.dumps(mix).replace(chr(34), '')}"]
+    mixes = {"proposed": best(law, factors), "recipe": fit.weights[0]}
+    if natural := natural_mix(target.supply, sources):
+        mixes["natural"] = _row(sources, natural)
+    drawn = np.asarray([best(Law(*pair), factors) for pair in zip(draws.floors, draws.slopes, strict=True)])
+    bands = [asdict(band(float(weight), row)) for weight, row in zip(mixes["proposed"], drawn.T, strict=True)]
+    rows = zip(target.supply.items(), target.limits.tolist(), bands, strict=True)
+    laws = zip(domains, law.floors.tolist(), law.slopes, strict=True)
+    pairs = [(fit.left_out @ factors, fit.measured @ factors), *zip(fit.left_out.T, fit.measured.T, strict=True)]
+    shares, alone = np.linspace(0, 1, CURVE)[:, None], np.eye(len(factors))
+    curves = zip(domains, ((1 - shares) * factors + shares * row for row in alone), strict=True)
+    return {
+        "domains": _named(domains, factors),
+        "sources": {
+            source: {**supply._asdict(), "limit": limit, "proposed": row} for (source, supply), limit, row in rows
+        },
+        "law": {domain: {"floor": floor, "slopes": _named(sources, slopes)} for domain, floor, slopes in laws},
+        "rank_correlation": _named(["mean", *domains], np.asarray([mixing_law.rank_correlation(*p) for p in pairs])),
+        "mixes": {
+            name: {**entry(mix), "mean": spread(mix), "above": spread(mix, mixes["proposed"])}
+            for name, mix in mixes.items()
+        },
+        "runs": list(map(entry, fit.weights, fit.measured)),
+        "pareto": {domain: [entry(best(law, row)) for row in curve] for domain, curve in curves},
+    }
 
 
 def _named(names: Iterable[str], row: Array) -> dict[str, float]:
     return dict(zip(names, row.tolist(), strict=True))
 
 
-def _text(row: Band, form: str) -> str:
-    return f"{row.value:{form}} ({row.low:{form}} to {row.high:{form}})"
+def _row(sources: Sequence[str], mix: Mapping[str, float]) -> Array:
+    return np.asarray([mix.get(source, 0.0) for source in sources])
 
 
-def make(proxies: Sequence[Graph], target: Target, domains: Mapping[str, float], store: Store) -> Mixture:
-    """Fits the law to sealed proxies.
+def _remarks(proxy: Graph, findings: Mapping[str, Any]) -> Iterator[str]:
+    """Yields sentences on what a proposal rests on."""
+    config = vars(pretraining(proxy).config)
+    parameters, least = config["model"].parameters(config["padded_vocab_size"])["total"], human(CARRIES_OVER)
+    if parameters < CARRIES_OVER:
+        yield f"the proxies have {human(parameters)} parameters; ranks of mixes are known to carry over from {least} on"
+    for source, row in findings["sources"].items():
+        drawn = [run["weights"][source] for run in findings["runs"]]
+        if not min(drawn) <= row["proposed"]["value"] <= max(drawn):
+            yield f"the proposed weight of {source} is outside those of the proxies"
 
-    Args:
-        proxies: The proxies.
-        target: The run that the mix is for.
-        domains: Factors of domains, which are sources with held-out documents; empty: those that are mixed, equally.
-        store: The home.
 
-    Raises:
-        AtomError: If a proxy is not sealed, a domain was not scored, or the runs cannot carry the law.
-    """
-    scores = [bits_of(proxy, store) for proxy in proxies]
-    domains = domains or {source: 1.0 for source in target.supply if source in scores[0]}
-    if unknown := [domain for domain in domains if domain not in scores[0]]:
-        raise AtomError(f"{unknown[0]} has no held-out documents that were scored; there are {', '.join(scores[0])}")
-    weights = [[mix_of(proxy).get(source, 0.0) for source in target.supply] for proxy in proxies]
+def sentences(report: Mapping[str, Any]) -> list[str]:
+    """Returns the lines that the command prints."""
+    ranks, target, proposed = report["rank_correlation"], report["target"], report["mixes"]["proposed"]["weights"]
+    verdict = "ranks the proxies" if ranks["mean"] >= RANKS else "does not rank the proxies, so use no mix below"
+    by_domain = ", ".join(f"{name} {value:.2f}" for name, value in ranks.items())
+    lines = [
+        f"the law {verdict}: rank correlation, each of the {len(report['runs'])} left out of it, {by_domain}",
+        f"proposed for {human(target['tokens'])} tokens of {target['name']}, with bands of {report['level']:.0%}:",
+    ]
+    for source, row in report["sources"].items():
+        use = "unknown supply, which limits nothing"
+        if row["tokens"]:
+            epochs = proposed[source] * target["tokens"] / row["tokens"]
+            use = f"{epochs:.2g} epochs of {human(row['tokens'])} tokens ({row['basis']})"
+        lines.append(f"  {source} {_text(row['proposed'], '.3f')}: {use}")
+    for name, row in report["mixes"].items():
+        bits = ", ".join(f"{domain} {value:.3f}" for domain, value in row["bits"].items())
+        above = f", {_text(row['above'], '+.4f')} above the proposed mix" if name != "proposed" else ""
+        lines.append(f"{name} mix: {_text(row['mean'], '.4f')} bits per byte{above}; {bits}")
+    mix = ", ".join(f"{source}: {weight}" for source, weight in proposed.items() if weight)
+    return [*lines, *report["remarks"], f"mix: {{{mix}}}"]
+
+
+def _text(row: Mapping[str, float], form: str) -> str:
+    return f"{row['value']:{form}} ({row['low']:{form}} to {row['high']:{form}})"
+
+
+def factors_of(text: str) -> dict[str, float]:
+    """Returns the factors of `--weights`, by domain. Raises AtomError for another form."""
     try:
-        fit = mixing_law.fit(weights, [[row[domain] for domain in domains] for row in scores])
-    except ValueError as error:
-        raise AtomError(f"these {len(proxies)} proxies carry no proposal: {error}") from None
-    total = sum(domains.values())
-    return Mixture(proxies, target, {domain: factor / total for domain, factor in domains.items()}, fit)
-
-
-def write(mixture: Mixture, plot: bytes, folder: Path) -> None:
-    """Writes REPORT and PLOT into a folder, which is made."""
-    folder.mkdir(parents=True, exist_ok=True)
-    report = json.dumps(mixture.to_json(), indent=1, sort_keys=True, allow_nan=False) + "\n"
-    atomic_files.write(folder / REPORT, report)
-    atomic_files.write(folder / PLOT, plot)
+        pairs = dict(part.split("=") for part in text.split(",") if text)
+        return TypeAdapter(dict[str, Annotated[float, Range(0, 1e6, above=True)]]).validate_python(pairs)
+    except ValueError:
+        raise AtomError(f"--weights {escaped(text, 80)}: write such as manuals=2,programs=1, above 0") from None

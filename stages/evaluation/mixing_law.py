@@ -11,7 +11,6 @@ domain, of which leaving out takes one for each run and the bootstrap DRAWS. Mem
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -35,19 +34,19 @@ UNITS = 1_000_000
 
 @dataclass(frozen=True)
 class Law:
-    """The laws of D domains in the weights of S sources.
+    """The laws of D domains in the weights of S sources, or many such laws at once.
 
     Attributes:
-        floors: Bits that no mix removes [D].
-        slopes: Exponents for each source [D, S].
+        floors: Bits that no mix removes [..., D].
+        slopes: Exponents for each source [..., D, S].
     """
 
     floors: Array
     slopes: Array
 
     def bits(self, weights: Array) -> Array:
-        """Returns the bits per byte [..., D] at weights [..., S]."""
-        return self.floors + np.exp(np.minimum(weights @ self.slopes.T, MOST))
+        """Returns the bits per byte [..., D] at weights [S], or of one law [n, D] at weights [n, S]."""
+        return self.floors + np.exp(np.minimum(weights @ np.swapaxes(self.slopes, -1, -2), MOST))
 
 
 @dataclass(frozen=True)
@@ -72,8 +71,8 @@ class Fit:
         return np.asarray([law.bits(mix) for law, mix in zip(laws, self.weights, strict=True)])
 
     @cached_property
-    def draws(self) -> list[Law]:
-        """The laws of a bootstrap: refits to the law plus residuals of runs, drawn with replacement.
+    def draws(self) -> Law:
+        """DRAWS laws of a bootstrap: refits to the law plus residuals of runs, drawn with replacement.
 
         All runs stay in each refit, or a source that few runs have would be lost in some. The residuals of one run stay
         together, since they have one cause.
@@ -82,8 +81,11 @@ class Fit:
         fitted = self.law.bits(self.weights)
         # The fit takes up part of the scatter, by its number of parameters.
         residuals = (self.measured - fitted) * np.sqrt(count / (count - sources - 1))
+        # Centered, so that the refits do not drift away from the law.
+        residuals = residuals - residuals.mean(axis=0)
         chosen = np.random.default_rng(SEED).integers(count, size=(DRAWS, count))
-        return [_fit(self.weights, fitted + (residuals - residuals.mean(axis=0))[rows], self.law) for rows in chosen]
+        laws = [_fit(self.weights, fitted + residuals[rows], self.law) for rows in chosen]
+        return Law(np.asarray([law.floors for law in laws]), np.asarray([law.slopes for law in laws]))
 
 
 def least_runs(sources: int) -> int:
@@ -91,37 +93,24 @@ def least_runs(sources: int) -> int:
     return sources + 3
 
 
-def fit(weights: Sequence[Sequence[float]], measured: Sequence[Sequence[float]]) -> Fit:
+def fit(weights: Array, measured: Array) -> Fit:
     """Fits the law of each domain.
 
     Args:
-        weights: Weights of the runs [n, S], each with the sum 1.
+        weights: Weights of the runs [n, S], each with the sum 1; at least `least_runs`, which span all sources.
         measured: Bits per byte of the runs [n, D], above 0.
-
-    Raises:
-        ValueError: With a sentence, if the runs cannot carry the law.
     """
-    x, y = np.asarray(weights, float), np.asarray(measured, float)
-    count, sources = x.shape
-    if count < least_runs(sources) or np.linalg.matrix_rank(x) < sources:
-        raise ValueError(
-            f"the law of {sources} sources needs {least_runs(sources)} runs or more, whose mixes tell the sources "
-            f"apart, and there are {count}"
-        )
-    return Fit(x, y, _fit(x, y))
+    return Fit(weights, measured, _fit(weights, measured))
 
 
 def _fit(x: Array, y: Array, near: Law | None = None) -> Law:
     """Fits each domain, from several starts or from a law that is near."""
     found = []
     for domain, values in enumerate(y.T):
-        least = values.min()
-        if near is None:
-            floors = [share * least for share in STARTS]
-            # For a given floor, the logarithm of the rest is linear in the weights.
-            starts = [np.r_[floor, np.linalg.lstsq(x, np.log(values - floor), rcond=None)[0]] for floor in floors]
-        else:
-            starts = [np.r_[np.clip(near.floors[domain], 0.01 * least, 0.99 * least), near.slopes[domain]]]
+        shares = STARTS if near is None else (min(max(near.floors[domain] / values.min(), 0.01), 0.99),)
+        floors = [share * values.min() for share in shares]
+        # For a given floor, the logarithm of the rest is linear in the weights.
+        starts = [np.r_[floor, np.linalg.lstsq(x, np.log(values - floor), rcond=None)[0]] for floor in floors]
         found.append(min((_least_squares(x, values, start) for start in starts), key=lambda result: result.cost).x)
     parameters = np.asarray(found)
     return Law(parameters[:, 0], parameters[:, 1:])
@@ -159,13 +148,14 @@ def propose(law: Law, factors: Array, limits: Array) -> Array:
         factors: Factors of the domains [D] in the sum of bits, at least 0.
         limits: Largest weight of each source [S], at most 1, which `can_serve`.
     """
+    bounds, whole = [(0.0, limit) for limit in limits], {"type": "eq", "fun": lambda mix: mix.sum() - 1}
     found = minimize(
         lambda mix: law.bits(mix) @ factors,
         limits / limits.sum(),
         jac=lambda mix: (factors * (law.bits(mix) - law.floors)) @ law.slopes,
         method="SLSQP",
-        bounds=[(0.0, limit) for limit in limits],
-        constraints=[{"type": "eq", "fun": lambda mix: mix.sum() - 1, "jac": np.ones_like}],
+        bounds=bounds,
+        constraints=whole,
         options={"ftol": 1e-10, "maxiter": 1000},
     )
     return rounded(found.x, limits)
