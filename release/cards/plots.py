@@ -1,4 +1,4 @@
-"""All plots of a release, drawn with matplotlib: of training and scores, and of the laws of `atom ladder` and `atom mix`.
+"""All plots of a release, drawn with matplotlib: of training and scores; and those of `atom ladder` and `atom mix`.
 
 Each is a PNG that is drawn from the files beside it, always with equal bytes. Equal bytes are promised for one version
 of matplotlib and its fonts, which the text entry `Software` of the PNG names. With other versions a check can still
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from release.prediction.ladder import Drawing
+    from release.prediction.ladder import Points
 
 LOSS, PROGRESS = "training.png", "progress.png"
 NAMES = (LOSS, PROGRESS)
@@ -234,22 +234,22 @@ def _panel(axis: Axes, title: str, unit: str) -> None:
     axis.grid(axis="y", color="#e6e6e6", linewidth=0.6)
 
 
-def law(drawing: Drawing) -> bytes:
-    """Draws a law of `atom ladder` by compute, with its band, the runs, and the predictions."""
+def law(curve: Points, points: Mapping[str, Points]) -> bytes:
+    """Draws a law of `atom ladder` by compute, with its band, and the runs and predictions by label."""
     import numpy as np
 
     def paint(figure: Figure) -> None:
         axis = figure.add_subplot()
-        compute, values, lows, highs = np.asarray(drawing.law).T
-        axis.plot(compute, values, color=COLORS[-1], linewidth=1.2, label=drawing.label)
+        compute, values, lows, highs = np.asarray(curve).T
+        axis.plot(compute, values, color=COLORS[-1], linewidth=1.2, label="least loss for the compute")
         axis.fill_between(compute, lows, highs, color=COLORS[-1], alpha=0.15, linewidth=0)
-        for number, (label, points) in enumerate({**drawing.runs, **drawing.predicted}.items()):
-            x, y, low, high = np.asarray(points).T
+        for number, (label, rows) in enumerate(points.items()):
+            x, y, low, high = np.asarray(rows).T
             marker, color = MARKERS[number % len(MARKERS)], COLORS[number % len(COLORS)]
             axis.errorbar(x, y, [y - low, high - y], fmt=marker, color=color, markersize=4, label=label)
         axis.set_xscale("log")
-        _panel(axis, drawing.title, "")
-        axis.set_xlabel(drawing.unit)
+        _panel(axis, "loss by training FLOPs, 6 N D, with 90% bands", "")
+        axis.set_xlabel("training FLOPs, 6 N D")
         axis.legend(fontsize=8, frameon=False)
 
     return png((7.0, 4.2), paint)
@@ -261,7 +261,7 @@ def pareto(report: Mapping[str, Any]) -> bytes:
     Args:
         report: The content of mix.json.
     """
-    factors = report["domains"]
+    factors = {domain: row["factor"] for domain, row in report["domains"].items()}
 
     def paint(figure: Figure) -> None:
         for axis, domain in zip(figure.subplots(len(factors), 1, squeeze=False)[:, 0], factors, strict=True):

@@ -103,7 +103,7 @@ def ladder(
     if out is not None:
         from release.cards import plots
 
-        ladder_report.write(result.to_json(), plots.law(ladder_report.drawing(result)), out, "ladder")
+        ladder_report.write(result.to_json(), plots.law(*ladder_report.drawing(result)), out, "ladder")
     if as_json:
         print(json.dumps(result.to_json(), indent=1, sort_keys=True, allow_nan=False))
         return
@@ -137,12 +137,10 @@ def mix(
     target: Annotated[str, typer.Option("--for", metavar="RECIPE", help="the run that the mix is for")],
     runs: Annotated[int, typer.Option(max=10_000, help="proxies: runs of the small recipe with other weights")] = 24,
     jobs: Annotated[int, typer.Option(min=1, max=1000, help="proxies at a time on this machine")] = 2,
-    weights: Annotated[str, typer.Option(help="domains that count, as a=2,b=1; default: all mixed, equally")] = "",
+    weights: Annotated[str, typer.Option(help="domains that count, as 'a: 2, b: 1'; default: all mixed, equally")] = "",
     cluster: ProfileOption = "local",
     out: Annotated[Path | None, typer.Option(metavar="FOLDER", help="write mix.json and mix.png there")] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="list the proxies with their minutes; run nothing")
-    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="list proxies with their minutes; run nothing")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Propose a mix of sources, from small runs.
@@ -185,8 +183,7 @@ def mix(
         print(f"{len(waiting)} of {runs} proxies are in Slurm; run this again once they are sealed (atom status)")
         return
     try:
-        note = partial(print, file=sys.stderr, flush=True)
-        mixtures.run_all([proxy.recipe.path for proxy in waiting], jobs, cluster, note)
+        mixtures.run_all([proxy.recipe.path for proxy in waiting], jobs, cluster, partial(print, file=sys.stderr))
     except KeyboardInterrupt:
         print("atom: stopped; run the same command to go on from here", file=sys.stderr)
         raise typer.Exit(130) from None

@@ -150,27 +150,6 @@ Points = list[tuple[float, float, float, float]]
 
 
 @dataclass(frozen=True)
-class Drawing:
-    """The content of the plot.
-
-    Attributes:
-        title: Above it.
-        unit: The compute of the x axis.
-        label: The name of the law.
-        law: Its curve.
-        runs: The points of the fit, by label.
-        predicted: The runs that are predicted, by label.
-    """
-
-    title: str
-    unit: str
-    label: str
-    law: Points
-    runs: Mapping[str, Points]
-    predicted: Mapping[str, Points]
-
-
-@dataclass(frozen=True)
 class Expectation:
     """A run that is predicted.
 
@@ -264,30 +243,20 @@ def _figure(row: Band) -> str:
     return f"{row.value:.5g} ({row.low:.5g} to {row.high:.5g})"
 
 
-def drawing(ladder: Ladder) -> Drawing:
-    """Returns the points, the least loss that compute buys by the law, with its band, and the predictions.
+def drawing(ladder: Ladder) -> tuple[Points, dict[str, Points]]:
+    """Returns the least loss that compute buys by the law, with its band, and the runs and predictions by label.
 
     Compute is 6 N D.
     """
     at = [(_compute(point.figures), point.figures["loss"]) for point in ladder.points]
-    predicted = {
-        f"{row.name}, predicted": [(_compute(row.figures), row.band.value, row.band.low, row.band.high)]
-        for row in ladder.expectations
-    }
-    shown = [x for x, _ in at] + [points[0][0] for points in predicted.values()]
+    points = {label: [(x, y, y, y) for x, y in sorted(rows)] for label, rows in _groups(ladder, at).items()}
+    for row in ladder.expectations:
+        points[f"{row.name}, predicted"] = [(_compute(row.figures), row.band.value, row.band.low, row.band.high)]
+    shown = [x for rows in points.values() for x, *_ in rows]
     # From the smallest run to the largest one, predicted ones included.
     grid = np.geomspace(min(shown), max(shown), CURVE)
-    values = frontier(ladder.fit, grid)
-    runs = {label: [(x, y, y, y) for x, y in sorted(rows)] for label, rows in _groups(ladder, at).items()}
-    unit = "training FLOPs, 6 N D"
-    return Drawing(
-        title=f"loss by {unit}, with {LEVEL:.0%} bands",
-        unit=unit,
-        label="least loss for the compute",
-        law=[(float(a), float(b), float(c), float(d)) for a, b, c, d in zip(grid, *values, strict=True)],
-        runs=runs,
-        predicted=predicted,
-    )
+    law = zip(grid, *frontier(ladder.fit, grid), strict=True)
+    return [(float(a), float(b), float(c), float(d)) for a, b, c, d in law], points
 
 
 def _compute(figures: Mapping[str, float]) -> float:

@@ -12,7 +12,6 @@ RegMix took 512 models of a million parameters, and found that ranks of mixes he
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -30,7 +29,6 @@ from pipeline.core import atomic_files
 from pipeline.core.errors import AtomError
 from pipeline.core.progress import duration, human
 from pipeline.core.store import Store
-from pipeline.core.text import escaped
 from pipeline.core.yaml_text import parse_yaml
 from pipeline.graph import dag
 from pipeline.graph import recipe as recipes
@@ -77,16 +75,15 @@ def supply_of(graph: Graph, store: Store | None = None) -> dict[str, Supply]:
         counted = store.open(key).json("meta.json")["tokens"]["train"]
         return {source.name: Supply(float(counted.get(source.name, 0)), "counted") for source in data.sources}
     supply = {source.name: Supply(None, "unknown") for source in data.sources}
-    for source in filter(lambda source: source.expected, data.sources):
-        size = source.expected.bytes * (1 - data.heldout_fraction_of(source))
-        supply[source.name] = Supply(size / BYTES_PER_TOKEN, "stated")
+    for source in (source for source in data.sources if source.expected):
+        tokens = source.expected.bytes / BYTES_PER_TOKEN
+        supply[source.name] = Supply(tokens * (1 - data.heldout_fraction_of(source)), "stated")
     return supply
 
 
 def mix_of(graph: Graph) -> dict[str, float]:
     """Returns the weights of a recipe's pre-training, by source."""
-    config: Any = pretraining(graph).config
-    return dict(config.phase.mix)
+    return dict(vars(pretraining(graph).config)["phase"].mix)
 
 
 def natural_mix(supply: Mapping[str, Supply], sources: Sequence[str]) -> dict[str, float] | None:
@@ -236,14 +233,11 @@ def target_of(graph: Graph, sources: Sequence[str], store: Store) -> Target:
     return Target(name, tokens, supply, limits)
 
 
-def factors_of(text: str) -> dict[str, float]:
+def factors_of(text: str) -> dict[str, Any]:
     """Returns the factors of `--weights`, by domain. Raises AtomError for another form."""
-    try:
-        factors = {domain: float(factor) for domain, factor in (part.split("=") for part in text.split(",") if part)}
-    except ValueError:
-        factors = {"": 0.0}
-    if not all(0 < factor < np.inf for factor in factors.values()):
-        raise AtomError(f"--weights {escaped(text, 80)}: write such as manuals=2,programs=1, with numbers above 0")
+    factors = parse_yaml(f"{{{text}}}".encode(), "--weights")
+    if not all(isinstance(factor, int | float) and 0 < factor < np.inf for factor in factors.values()):
+        raise AtomError("--weights: write such as 'manuals: 2, programs: 1', with numbers above 0")
     return factors
 
 
@@ -289,27 +283,23 @@ def _findings(fit: Fit, target: Target, factors: Array, domains: Sequence[str]) 
         value, drawn = ((each.bits(mix) - (0 if less is None else each.bits(less))) @ factors for each in (law, draws))
         return asdict(band(float(value), drawn))
 
-    mixes = {"proposed": best(law, factors), "recipe": fit.weights[0]}
+    proposed = best(law, factors)
+    mixes = {"proposed": proposed, "recipe": fit.weights[0]}
     if natural := natural_mix(target.supply, sources):
         mixes["natural"] = _row(sources, natural)
     drawn = np.asarray([best(Law(*pair), factors) for pair in zip(draws.floors, draws.slopes, strict=True)])
-    bands = [asdict(band(float(weight), row)) for weight, row in zip(mixes["proposed"], drawn.T, strict=True)]
+    bands = [asdict(band(float(weight), row)) for weight, row in zip(proposed, drawn.T, strict=True)]
     rows = zip(target.supply.items(), target.limits.tolist(), bands, strict=True)
-    laws = zip(domains, law.floors.tolist(), law.slopes, strict=True)
+    laws = zip(domains, factors.tolist(), law.floors.tolist(), law.slopes, strict=True)
     pairs = [(fit.left_out @ factors, fit.measured @ factors), *zip(fit.left_out.T, fit.measured.T, strict=True)]
+    ranks = np.asarray([mixing_law.rank_correlation(*pair) for pair in pairs])
     shares, alone = np.linspace(0, 1, CURVE)[:, None], np.eye(len(factors))
     curves = zip(domains, ((1 - shares) * factors + shares * row for row in alone), strict=True)
     return {
-        "domains": _named(domains, factors),
-        "sources": {
-            source: {**supply._asdict(), "limit": limit, "proposed": row} for (source, supply), limit, row in rows
-        },
-        "law": {domain: {"floor": floor, "slopes": _named(sources, slopes)} for domain, floor, slopes in laws},
-        "rank_correlation": _named(["mean", *domains], np.asarray([mixing_law.rank_correlation(*p) for p in pairs])),
-        "mixes": {
-            name: {**entry(mix), "mean": spread(mix), "above": spread(mix, mixes["proposed"])}
-            for name, mix in mixes.items()
-        },
+        "sources": {name: {**known._asdict(), "limit": most, "proposed": row} for (name, known), most, row in rows},
+        "domains": {name: {"factor": f, "floor": least, "slopes": _named(sources, s)} for name, f, least, s in laws},
+        "rank_correlation": _named(["mean", *domains], ranks),
+        "mixes": {name: entry(m) | {"mean": spread(m), "above": spread(m, proposed)} for name, m in mixes.items()},
         "runs": list(map(entry, fit.weights, fit.measured)),
         "pareto": {domain: [entry(best(law, row)) for row in curve] for domain, curve in curves},
     }
@@ -360,12 +350,3 @@ def sentences(report: Mapping[str, Any]) -> list[str]:
 
 def _text(row: Mapping[str, float], form: str) -> str:
     return f"{row['value']:{form}} ({row['low']:{form}} to {row['high']:{form}})"
-
-
-def factors_of(text: str) -> dict[str, float]:
-    """Returns the factors of `--weights`, by domain. Raises AtomError for another form."""
-    try:
-        pairs = dict(part.split("=") for part in text.split(",") if text)
-        return TypeAdapter(dict[str, Annotated[float, Range(0, 1e6, above=True)]]).validate_python(pairs)
-    except ValueError:
-        raise AtomError(f"--weights {escaped(text, 80)}: write such as manuals=2,programs=1, above 0") from None

@@ -16,7 +16,7 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-from scipy.optimize import least_squares, minimize
+from scipy.optimize import Bounds, least_squares, minimize
 from scipy.stats import spearmanr
 
 # A float64 array; its shape stands with each name.
@@ -148,14 +148,13 @@ def propose(law: Law, factors: Array, limits: Array) -> Array:
         factors: Factors of the domains [D] in the sum of bits, at least 0.
         limits: Largest weight of each source [S], at most 1, which `can_serve`.
     """
-    bounds, whole = [(0.0, limit) for limit in limits], {"type": "eq", "fun": lambda mix: mix.sum() - 1}
     found = minimize(
         lambda mix: law.bits(mix) @ factors,
         limits / limits.sum(),
         jac=lambda mix: (factors * (law.bits(mix) - law.floors)) @ law.slopes,
         method="SLSQP",
-        bounds=bounds,
-        constraints=whole,
+        bounds=Bounds(0.0, limits),
+        constraints={"type": "eq", "fun": lambda mix: mix.sum() - 1},
         options={"ftol": 1e-10, "maxiter": 1000},
     )
     return rounded(found.x, limits)
