@@ -75,6 +75,7 @@ class Experiment:
                 # A copy: sources share their reader in the file.
                 source["reader"] = {**source["reader"], "path": str(corpus / lock), "lock": f"{lock}.lock.yaml"}
                 source |= {"tree_digest": "auto", "parts": self.plan["parts"]}
+                source["expected"] = self.plan["expected"].get(source["name"], source["expected"])
         self.write("data", body)
 
     def recipe(self, name: str, size: Mapping[str, Any], mix: Mapping[str, float] | None = None, seed: int = 0) -> Path:

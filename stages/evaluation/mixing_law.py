@@ -84,7 +84,8 @@ class Fit:
         # Centered, so that the refits do not drift away from the law.
         residuals = residuals - residuals.mean(axis=0)
         chosen = np.random.default_rng(SEED).integers(count, size=(DRAWS, count))
-        laws = [_fit(self.weights, fitted + residuals[rows], self.law) for rows in chosen]
+        # Large residuals could lead below 0, where no text is.
+        laws = [_fit(self.weights, np.maximum(fitted + residuals[rows], 1e-6), self.law) for rows in chosen]
         return Law(np.asarray([law.floors for law in laws]), np.asarray([law.slopes for law in laws]))
 
 
