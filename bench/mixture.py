@@ -106,7 +106,7 @@ class Experiment:
             for seed in self.plan["seeds"]
             for name, mix in mixes.items()
         }
-        mixtures.run_all(list(files.values()), self.jobs, "local", print)
+        mixtures.run_all(list(files.values()), self.jobs, "local")
         store, scores = Store(self.home), dict[str, list[dict[str, float]]]()
         for (name, _), file in files.items():
             bits = mixtures.bits_of(dag.compose(recipes.load(str(file)), store), store)

@@ -261,17 +261,17 @@ def pareto(report: Mapping[str, Any]) -> bytes:
     Args:
         report: The content of mix.json.
     """
-    factors = {domain: row["factor"] for domain, row in report["domains"].items()}
+    domains = report["domains"]
 
     def paint(figure: Figure) -> None:
-        for axis, domain in zip(figure.subplots(len(factors), 1, squeeze=False)[:, 0], factors, strict=True):
+        for axis, domain in zip(figure.subplots(len(domains), 1, squeeze=False)[:, 0], domains, strict=True):
             series = {"proxies, measured": report["runs"], "best mixes": report["pareto"][domain]}
             series |= {f"{name} mix": [mix] for name, mix in report["mixes"].items()}
             for number, (label, mixes) in enumerate(series.items()):
-                means = [sum(factor * mix["bits"][name] for name, factor in factors.items()) for mix in mixes]
                 style = {"marker": MARKERS[number], "linestyle": "-" if label == "best mixes" else "", "markersize": 4}
-                axis.plot([mix["bits"][domain] for mix in mixes], means, color=COLORS[number], label=label, **style)
+                x, y = [mix["bits"][domain] for mix in mixes], [mix["mean"] for mix in mixes]
+                axis.plot(x, y, color=COLORS[number], label=label, **style)
             _panel(axis, f"Mean bits per byte by those of {domain}", "mean bits per byte")
         axis.legend(fontsize=8, frameon=False)
 
-    return png((7.0, 2.9 * len(factors)), paint)
+    return png((7.0, 2.9 * len(domains)), paint)

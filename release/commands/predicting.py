@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import sys
-from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -156,20 +155,20 @@ def mix(
     from pipeline.launch import cluster_profile, slurm
     from pipeline.operations import fit
     from release.cards import plots
-    from release.prediction import ladder, mixtures
+    from release.prediction import ladder, mixtures, sealing
 
     store, profile, factors = open_store(), cluster_profile.load(cluster), mixtures.factors_of(weights)
     small, large = graph_of(recipe, without_data=dry_run), graph_of(target, without_data=True)
-    sources, end = list(mixtures.mix_of(small)), mixtures.EVALUATION
+    sources, end = list(mixtures.mix_of(small)), sealing.EVALUATION
     mixtures.target_of(large, sources, store)  # raises for too small a supply, before anything is run
     proxies = mixtures.proxies_of(small, runs, store, without_data=dry_run)
     if dry_run:
         counted, rows = set[str](), []
         for proxy in proxies:
-            stages = plan.plan(proxy, dag.states(proxy, store), proxy.select(end, None), profile.other_python)
+            stages = plan.plan(proxy, dag.states(proxy, store), proxy.select(end, None))
             # Stages that proxies share are those of the first one.
             own = [row for row in stages if row.state.key not in counted]
-            counted |= {row.state.key for row in own}
+            counted.update(row.state.key for row in own)
             minutes = 60 * fit.estimate_costs(own, profile, plan.is_small(proxy)).total.hours
             rows.append({"name": proxy.recipe.config.name, "minutes": minutes, "mix": mixtures.mix_of(proxy)})
         lines = [f"{row['name']}: {row['minutes']:.1f} minutes, {row['mix']}" for row in rows]
@@ -183,7 +182,7 @@ def mix(
         print(f"{len(waiting)} of {runs} proxies are in Slurm; run this again once they are sealed (atom status)")
         return
     try:
-        mixtures.run_all([proxy.recipe.path for proxy in waiting], jobs, cluster, partial(print, file=sys.stderr))
+        mixtures.run_all([proxy.recipe.path for proxy in waiting], jobs, cluster)
     except KeyboardInterrupt:
         print("atom: stopped; run the same command to go on from here", file=sys.stderr)
         raise typer.Exit(130) from None

@@ -221,8 +221,7 @@ def make(points: Sequence[Point], following: Sequence[tuple[str, Mapping[str, fl
 def write(report: Mapping[str, Any], plot: bytes, folder: Path, name: str) -> None:
     """Writes a report and its plot into a folder, which is made."""
     folder.mkdir(parents=True, exist_ok=True)
-    body = json.dumps(report, indent=1, sort_keys=True, allow_nan=False) + "\n"
-    atomic_files.write(folder / f"{name}.json", body)
+    atomic_files.write(folder / f"{name}.json", json.dumps(report, indent=1, sort_keys=True, allow_nan=False) + "\n")
     atomic_files.write(folder / f"{name}.png", plot)
 
 

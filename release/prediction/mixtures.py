@@ -16,7 +16,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -40,7 +40,6 @@ from stages.evaluation.scaling_laws import LEVEL, band
 
 # Version of the form of mix.json.
 SCHEMA = 1
-FOLDER = "mixtures"
 # Passes over a source up to which repeated tokens are nearly worth new ones (Muennighoff et al. 2023,
 # arXiv:2305.16264).
 EPOCHS = 4.0
@@ -133,7 +132,7 @@ def proxies_of(graph: Graph, runs: int, store: Store, without_data: bool = False
         AtomError: If the runs are too few for a law.
     """
     own, name = mix_of(graph), graph.recipe.config.name
-    if runs < (least := mixing_law.least_runs(len(own))):
+    if runs < (least := len(own) + mixing_law.SPARE):
         raise AtomError(f"--runs {runs}: the law of the {len(own)} sources of {name} needs at least {least} runs")
     mixes = draw(own, natural_mix(supply_of(graph), list(own)), runs, graph.recipe.config.seed)
     derived = [_derived(graph.recipe, mix, f"{name[:56]}-mix-{n:03}", store) for n, mix in enumerate(mixes, 1)]
@@ -143,11 +142,10 @@ def proxies_of(graph: Graph, runs: int, store: Store, without_data: bool = False
 def _derived(recipe: recipes.Recipe, mix: Mapping[str, float], name: str, store: Store) -> recipes.Recipe:
     """Writes a recipe with another name and mix into the folder of proxies. Its paths lead to the same files."""
     own, base = f"recipes/{recipe.path.name}", recipe.path.parent
-    folder = (store.home / FOLDER / recipe.config.name).resolve()
+    folder = (store.home / "mixtures" / recipe.config.name).resolve()
     raw: Any = parse_yaml(recipe.files[own], recipe.title)
-    data = recipes.find(raw["data"], "data_recipes", "data recipe", base)
-    raw |= {"name": name, "data": os.path.relpath(data.resolve(), folder)}
-    raw["pretrain"] = {**raw["pretrain"], "mix": dict(mix)}
+    data = os.path.relpath(recipes.find(raw["data"], "data_recipes", "data recipe", base).resolve(), folder)
+    raw |= {"name": name, "data": data, "pretrain": {**raw["pretrain"], "mix": dict(mix)}}
     task_sets = (raw["evaluation"].get("harness") or {}).get("folders", ())
     for section, field in (raw.get("start_from") or {}, "folder"), *((tasks, "path") for tasks in task_sets):
         if section.get(field):
@@ -160,8 +158,8 @@ def _derived(recipe: recipes.Recipe, mix: Mapping[str, float], name: str, store:
     return replace(recipe, path=folder / f"{name}.yaml", config=recipes.schema().model_validate(raw), files=files)
 
 
-def run_all(files: Sequence[Path], jobs: int, cluster: str, note: Callable[[str], None]) -> None:
-    """Runs recipes up to the evaluation of the base model, each as `atom run`.
+def run_all(files: Sequence[Path], jobs: int, cluster: str) -> None:
+    """Runs recipes up to the evaluation of the base model, each as `atom run`, and prints the progress on stderr.
 
     After a failure or Ctrl-C, no further run begins. Ctrl-C of a terminal reaches the runs, which stop cleanly.
 
@@ -169,7 +167,6 @@ def run_all(files: Sequence[Path], jobs: int, cluster: str, note: Callable[[str]
         files: The recipes. What a run prints is appended to a file beside its recipe.
         jobs: Runs at a time.
         cluster: The cluster profile.
-        note: Takes a line on the progress.
 
     Raises:
         AtomError: If a run failed, with its last line.
@@ -191,7 +188,7 @@ def run_all(files: Sequence[Path], jobs: int, cluster: str, note: Callable[[str]
                 line = log.read_text("utf-8", "replace").strip().rpartition("\n")[2].removeprefix("atom: ")
                 raise AtomError(f"{file.stem} failed: {line} (log: {log})")
             eta = duration((time.monotonic() - begin) / number * (len(files) - number))
-            note(f"{file.stem} is done; {number} of {len(files)}, eta {eta}")
+            print(f"{file.stem} is done; {number} of {len(files)}, eta {eta}", file=sys.stderr, flush=True)
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -277,7 +274,7 @@ def _findings(fit: Fit, target: Target, factors: Array, domains: Sequence[str]) 
 
     def entry(mix: Array, bits: Array | None = None) -> dict[str, Any]:
         expected = law.bits(mix) if bits is None else bits
-        return {"weights": _named(sources, mix), "bits": _named(domains, expected)}
+        return {"weights": _named(sources, mix), "bits": _named(domains, expected), "mean": float(expected @ factors)}
 
     def spread(mix: Array, less: Array | None = None) -> dict[str, float]:
         value, drawn = ((each.bits(mix) - (0 if less is None else each.bits(less))) @ factors for each in (law, draws))
@@ -299,7 +296,7 @@ def _findings(fit: Fit, target: Target, factors: Array, domains: Sequence[str]) 
         "sources": {name: {**known._asdict(), "limit": most, "proposed": row} for (name, known), most, row in rows},
         "domains": {name: {"factor": f, "floor": least, "slopes": _named(sources, s)} for name, f, least, s in laws},
         "rank_correlation": _named(["mean", *domains], ranks),
-        "mixes": {name: entry(m) | {"mean": spread(m), "above": spread(m, proposed)} for name, m in mixes.items()},
+        "mixes": {name: entry(m) | {"expected": spread(m), "above": spread(m, proposed)} for name, m in mixes.items()},
         "runs": list(map(entry, fit.weights, fit.measured)),
         "pareto": {domain: [entry(best(law, row)) for row in curve] for domain, curve in curves},
     }
@@ -330,20 +327,17 @@ def sentences(report: Mapping[str, Any]) -> list[str]:
     ranks, target, proposed = report["rank_correlation"], report["target"], report["mixes"]["proposed"]["weights"]
     verdict = "ranks the proxies" if ranks["mean"] >= RANKS else "does not rank the proxies, so use no mix below"
     by_domain = ", ".join(f"{name} {value:.2f}" for name, value in ranks.items())
-    lines = [
-        f"the law {verdict}: rank correlation, each of the {len(report['runs'])} left out of it, {by_domain}",
-        f"proposed for {human(target['tokens'])} tokens of {target['name']}, with bands of {report['level']:.0%}:",
-    ]
+    lines = [f"the law {verdict}: rank correlation, each of the {len(report['runs'])} left out of it, {by_domain}"]
+    lines.append(f"proposed for {human(target['tokens'])} tokens of {target['name']}, bands of {report['level']:.0%}:")
     for source, row in report["sources"].items():
-        use = "unknown supply, which limits nothing"
-        if row["tokens"]:
-            epochs = proposed[source] * target["tokens"] / row["tokens"]
-            use = f"{epochs:.2g} epochs of {human(row['tokens'])} tokens ({row['basis']})"
-        lines.append(f"  {source} {_text(row['proposed'], '.3f')}: {use}")
+        weight, tokens = row["proposed"], row["tokens"]
+        epochs = weight["value"] * target["tokens"] / max(tokens or 0, 1)
+        use = "unknown supply" if tokens is None else f"{epochs:.2g} epochs of {human(tokens)} tokens ({row['basis']})"
+        lines.append(f"  {source} {_text(weight, '.3f')}: {use}")
     for name, row in report["mixes"].items():
         bits = ", ".join(f"{domain} {value:.3f}" for domain, value in row["bits"].items())
         above = f", {_text(row['above'], '+.4f')} above the proposed mix" if name != "proposed" else ""
-        lines.append(f"{name} mix: {_text(row['mean'], '.4f')} bits per byte{above}; {bits}")
+        lines.append(f"{name} mix: {_text(row['expected'], '.4f')} bits per byte{above}; {bits}")
     mix = ", ".join(f"{source}: {weight}" for source, weight in proposed.items() if weight)
     return [*lines, *report["remarks"], f"mix: {{{mix}}}"]
 

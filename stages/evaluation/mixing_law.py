@@ -28,6 +28,8 @@ DRAWS, SEED = 100, 0
 STARTS = (0.05, 0.3, 0.6, 0.9)
 # The largest exponent, so that no trial of a fit overflows.
 MOST = 50.0
+# Runs that a law needs beside one for each source: one for the floor, one to leave out, one to judge by.
+SPARE = 3
 # A published weight is a multiple of one in so many.
 UNITS = 1_000_000
 
@@ -66,9 +68,8 @@ class Fit:
     @cached_property
     def left_out(self) -> Array:
         """The bits of each run by a law that was fitted to the other runs [n, D]."""
-        numbers = np.arange(len(self.weights))
-        laws = [_fit(self.weights[numbers != n], self.measured[numbers != n], self.law) for n in numbers]
-        return np.asarray([law.bits(mix) for law, mix in zip(laws, self.weights, strict=True)])
+        x, y = self.weights, self.measured
+        return np.asarray([_fit(np.delete(x, n, 0), np.delete(y, n, 0), self.law).bits(x[n]) for n in range(len(x))])
 
     @cached_property
     def draws(self) -> Law:
@@ -89,16 +90,11 @@ class Fit:
         return Law(np.asarray([law.floors for law in laws]), np.asarray([law.slopes for law in laws]))
 
 
-def least_runs(sources: int) -> int:
-    """Returns the runs that a law needs: with each left out in turn, one more than its parameters."""
-    return sources + 3
-
-
 def fit(weights: Array, measured: Array) -> Fit:
     """Fits the law of each domain.
 
     Args:
-        weights: Weights of the runs [n, S], each with the sum 1; at least `least_runs`, which span all sources.
+        weights: Weights of the runs [n, S], each with the sum 1; at least S + SPARE, which span all sources.
         measured: Bits per byte of the runs [n, D], above 0.
     """
     return Fit(weights, measured, _fit(weights, measured))
