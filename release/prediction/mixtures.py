@@ -135,7 +135,7 @@ def proxies_of(graph: Graph, runs: int, store: Store, without_data: bool = False
     if runs < (least := len(own) + mixing_law.SPARE):
         raise AtomError(f"--runs {runs}: the law of the {len(own)} sources of {name} needs at least {least} runs")
     mixes = draw(own, natural_mix(supply_of(graph), list(own)), runs, graph.recipe.config.seed)
-    derived = [_derived(graph.recipe, mix, f"{name[:56]}-mix-{n:03}", store) for n, mix in enumerate(mixes, 1)]
+    derived = [_derived(graph.recipe, mix, f"{name[:50]}-mix-{n:03}", store) for n, mix in enumerate(mixes, 1)]
     return [dag.compose(recipe, store, without_data) for recipe in derived]
 
 

@@ -53,6 +53,7 @@ BY_HAND = {
     ("filter", "column of `hashes`"): "the number of columns is a setting",
     ("Prediction", "field"): "constants, and the places of three generated tables",
     ("Ladder", "field"): "names of fields follow the law that is fitted",
+    ("Mix", "field"): "names of fields are those of sources and domains",
 }
 
 
