@@ -265,9 +265,7 @@ def _compute(figures: Mapping[str, float]) -> float:
 def _groups(ladder: Ladder, at: Sequence[tuple[float, float]]) -> dict[str, list[tuple[float, float]]]:
     """Returns the points by their size, if sizes are few."""
     sizes = [point.figures["parameters"] for point in ladder.points]
-    if len(set(sizes)) > MOST_SIZES:
-        return {"runs": list(at)}
-    groups: dict[str, list[tuple[float, float]]] = {}
+    are_few, groups = len(set(sizes)) <= MOST_SIZES, dict[str, list[tuple[float, float]]]()
     for size, row in sorted(zip(sizes, at, strict=True)):
-        groups.setdefault(f"{short(size)} parameters", []).append(row)
+        groups.setdefault(f"{short(size)} parameters" if are_few else "runs", []).append(row)
     return groups

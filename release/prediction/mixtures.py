@@ -135,14 +135,13 @@ def proxies_of(graph: Graph, runs: int, store: Store, without_data: bool = False
     if runs < (least := len(own) + mixing_law.SPARE):
         raise AtomError(f"--runs {runs}: the law of the {len(own)} sources of {name} needs at least {least} runs")
     mixes = draw(own, natural_mix(supply_of(graph), list(own)), runs, graph.recipe.config.seed)
-    derived = [_derived(graph.recipe, mix, f"{name[:50]}-mix-{n:03}", store) for n, mix in enumerate(mixes, 1)]
-    return [dag.compose(recipe, store, without_data) for recipe in derived]
+    return [dag.compose(_derived(graph.recipe, n, mix, store), store, without_data) for n, mix in enumerate(mixes, 1)]
 
 
-def _derived(recipe: recipes.Recipe, mix: Mapping[str, float], name: str, store: Store) -> recipes.Recipe:
+def _derived(recipe: recipes.Recipe, number: int, mix: Mapping[str, float], store: Store) -> recipes.Recipe:
     """Writes a recipe with another name and mix into the folder of proxies. Its paths lead to the same files."""
-    own, base = f"recipes/{recipe.path.name}", recipe.path.parent
-    folder = (store.home / "mixtures" / recipe.config.name).resolve()
+    own, base, title = f"recipes/{recipe.path.name}", recipe.path.parent, recipe.config.name
+    folder, name = (store.home / "mixtures" / title).resolve(), f"{title[:50]}-mix-{number:03}"
     raw: Any = parse_yaml(recipe.files[own], recipe.title)
     data = os.path.relpath(recipes.find(raw["data"], "data_recipes", "data recipe", base).resolve(), folder)
     raw |= {"name": name, "data": data, "pretrain": {**raw["pretrain"], "mix": dict(mix)}}
@@ -222,7 +221,8 @@ def target_of(graph: Graph, sources: Sequence[str], store: Store) -> Target:
         raise AtomError(f"the data of {name} has no source {missing[0]}, which the proxies mix; add it there")
     supply, tokens = {source: supply[source] for source in sources}, config["phase"].tokens()
     most = [1.0 if known is None else EPOCHS * known / tokens for known, _ in supply.values()]
-    if not mixing_law.can_serve(limits := np.minimum(most, 1.0)):
+    limits = np.minimum(most, 1.0)
+    if np.floor(limits * mixing_law.UNITS).sum() < mixing_law.UNITS:
         raise AtomError(
             f"{name} reads {human(tokens)} tokens, and {EPOCHS:g} epochs of {', '.join(sources)} are "
             f"{human(sum(most) * tokens)}; shorten its pre-training, or add sources"

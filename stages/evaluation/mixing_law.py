@@ -16,7 +16,7 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-from scipy.optimize import Bounds, least_squares, minimize
+from scipy.optimize import brentq, least_squares
 from scipy.stats import spearmanr
 
 # A float64 array; its shape stands with each name.
@@ -30,6 +30,8 @@ STARTS = (0.05, 0.3, 0.6, 0.9)
 MOST = 50.0
 # Runs that a law needs beside one for each source: one for the floor, one to leave out, one to judge by.
 SPARE = 3
+# Steps of a proposal at most, and the weight, and the share of the bits, that is too small for another one.
+STEPS, LEAST = 10_000, 1e-9
 # A published weight is a multiple of one in so many.
 UNITS = 1_000_000
 
@@ -104,8 +106,8 @@ def _fit(x: Array, y: Array, near: Law | None = None) -> Law:
     """Fits each domain, from several starts or from a law that is near."""
     found = []
     for domain, values in enumerate(y.T):
-        shares = STARTS if near is None else (min(max(near.floors[domain] / values.min(), 0.01), 0.99),)
-        floors = [share * values.min() for share in shares]
+        shares = STARTS if near is None else [np.clip(near.floors[domain] / values.min(), 0.01, 0.99)]
+        floors = values.min() * np.asarray(shares)
         # For a given floor, the logarithm of the rest is linear in the weights.
         starts = [np.r_[floor, np.linalg.lstsq(x, np.log(values - floor), rcond=None)[0]] for floor in floors]
         found.append(min((_least_squares(x, values, start) for start in starts), key=lambda result: result.cost).x)
@@ -132,29 +134,32 @@ def rank_correlation(expected: Array, measured: Array) -> float:
     return float(spearmanr(expected, measured).statistic) if np.ptp(expected) and np.ptp(measured) else 0.0
 
 
-def can_serve(limits: Array) -> bool:
-    """Returns True if weights that are not above limits [S] can sum to 1."""
-    return bool(np.floor(limits * UNITS).sum() >= UNITS)
-
-
 def propose(law: Law, factors: Array, limits: Array) -> Array:
     """Returns the weights [S] with the least bits, which sum to 1; none is above its limit.
+
+    Weight moves from one source to another, again and again between the two for which this helps most, as far as it
+    helps. This is sequential minimal optimization (Platt 1998), which ends at the minimum of a convex function.
 
     Args:
         law: The law.
         factors: Factors of the domains [D] in the sum of bits, at least 0.
-        limits: Largest weight of each source [S], at most 1, which `can_serve`.
+        limits: Largest weight of each source [S], at most 1, whose whole UNITS sum to 1 or more.
     """
-    found = minimize(
-        lambda mix: law.bits(mix) @ factors,
-        limits / limits.sum(),
-        jac=lambda mix: (factors * (law.bits(mix) - law.floors)) @ law.slopes,
-        method="SLSQP",
-        bounds=Bounds(0.0, limits),
-        constraints={"type": "eq", "fun": lambda mix: mix.sum() - 1},
-        options={"ftol": 1e-10, "maxiter": 1000},
-    )
-    return rounded(found.x, limits)
+    mix = limits / limits.sum()
+    for _ in range(STEPS):
+        powers = factors * (law.bits(mix) - law.floors)
+        slopes = powers @ law.slopes
+        giver = np.argmax(np.where(mix > LEAST, slopes, -np.inf))
+        taker = np.argmin(np.where(limits - mix > LEAST, slopes, np.inf))
+        if slopes[giver] - slopes[taker] <= LEAST * powers.sum():
+            break
+        rates, most = law.slopes[:, taker] - law.slopes[:, giver], min(mix[giver], limits[taker] - mix[taker])
+
+        def slope(moved: float, powers: Array = powers, rates: Array = rates) -> float:
+            return float((powers * rates) @ np.exp(rates * moved))
+
+        mix[[giver, taker]] += np.array([-1, 1]) * (most if slope(most) <= 0 else brentq(slope, 0.0, most))
+    return rounded(mix, limits)
 
 
 def rounded(weights: Array, limits: Array) -> Array:

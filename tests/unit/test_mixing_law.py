@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from scipy.optimize import minimize
 
 from stages.evaluation import mixing_law
 from stages.evaluation.mixing_law import Law
@@ -88,7 +89,19 @@ def test_no_proposal_breaks_a_limit_or_misses_the_minimum() -> None:
         assert slope @ (proposed - vertex) < 2e-4
 
 
-def test_limits_that_cannot_sum_to_one_are_known() -> None:
-    assert mixing_law.can_serve(np.array([0.5, 0.5])) and not mixing_law.can_serve(np.array([0.5, 0.4999]))
+def test_rounding_keeps_the_sum_and_the_limits() -> None:
     tight = np.array([0.2500004, 0.35, 0.400001])
     assert mixing_law.rounded(np.array([0.25, 0.35, 0.4]), tight).tolist() == [0.25, 0.35, 0.4]
+    thirds = mixing_law.rounded(EVEN, np.array([1, 1, 0.3333335]))
+    assert thirds.tolist() == [0.333334, 0.333333, 0.333333]
+
+
+def test_it_agrees_with_a_solver_of_scipy() -> None:
+    """SLSQP does not return for some laws of many sources, but it does for these."""
+    for limits in ([1.0, 1.0, 1.0], [0.4, 0.35, 0.3]):
+        found = minimize(
+            lambda mix: LAW.bits(mix) @ EVEN, EVEN, method="SLSQP", bounds=[(0, limit) for limit in limits],
+            constraints=[{"type": "eq", "fun": lambda mix: mix.sum() - 1}], options={"ftol": 1e-12},
+        )  # fmt: skip
+        assert mixing_law.propose(LAW, EVEN, np.array(limits)) == pytest.approx(found.x, abs=1e-3)
+        assert LAW.bits(mixing_law.propose(LAW, EVEN, np.array(limits))) @ EVEN <= found.fun + 1e-7
