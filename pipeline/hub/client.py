@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
+import io
 import json
 import os
 import time
@@ -119,6 +120,37 @@ class RetryingClient:
                     raise
 
         self._retrying(download_all)()
+
+    def read_range(self, repo: str, kind: str, commit: str, path: str, place: range, deadline: float) -> bytes:
+        """Returns a range of the bytes of a file of a commit; no others are requested.
+
+        Raises OSError if the Hub sends others, and MachineError after the deadline, a time of `time.monotonic`.
+        """
+        from huggingface_hub import hf_hub_url
+        from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+
+        url = hf_hub_url(repo, path, repo_type=kind, revision=commit, endpoint=self.client.endpoint)
+        # A proxy that compressed the bytes would send others than the range has.
+        headers = {"Range": f"bytes={place.start}-{place.stop - 1}", "Accept-Encoding": "identity"}
+        headers |= build_hf_headers(token=self.client.token)
+
+        def read() -> bytes:
+            data = bytearray()
+            with get_session().stream("GET", url, headers=headers) as response:
+                hf_raise_for_status(response)
+                if response.status_code != 206:
+                    raise OSError("a whole file in place of a range of its bytes")
+                for chunk in response.iter_raw():
+                    data += chunk
+                    if len(data) > len(place):
+                        break
+                    if time.monotonic() > deadline:
+                        raise MachineError(f"{endpoint()} is too slow; run the same command again to go on")
+            if len(data) != len(place):
+                raise OSError(f"{len(data)} bytes in place of {len(place)}")
+            return bytes(data)
+
+        return bytes(self._retrying(read)())
 
     def _retrying(self, call: Callable[..., Any]) -> Callable[..., Any]:
         """Returns a function that makes a call, up to ATTEMPTS times."""
@@ -329,6 +361,58 @@ class RemoteRepository:
             # Entries without a blob are folders.
             if hasattr(entry, "blob_id")
         }
+
+
+class RangedFile(io.RawIOBase):
+    """A file of a repository, of which only those bytes are requested that are read.
+
+    Reading raises AtomError: what `translate_errors` makes of an error, and one beyond the limits.
+    """
+
+    def __init__(self, repo: str, commit: str, path: str, size: int, deadline: float, most_bytes: int) -> None:
+        """Requests nothing yet.
+
+        Args:
+            repo: The dataset repository.
+            commit: The commit.
+            path: The path of the file.
+            size: Its bytes.
+            deadline: The time of `time.monotonic` after which nothing is read.
+            most_bytes: The most bytes that are read.
+        """
+        self.repo, self.commit, self.path, self.size = repo, commit, path, size
+        self.deadline, self.left, self.position = deadline, most_bytes, 0
+        self.title = f"reading {printable(path)} of {repo}@{commit[:12]}"
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self.position = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self.position, os.SEEK_END: self.size}[whence]
+        return self.position
+
+    def tell(self) -> int:
+        return self.position
+
+    def readinto(self, buffer: Any) -> int:
+        end = min(self.position + len(buffer), self.size)
+        place = range(self.position, max(end, self.position))
+        if not place:
+            return 0
+        self.left -= len(place)
+        if self.left < 0:
+            raise AtomError(f"{self.title}: a sample needs too many bytes of it; its rows are too long")
+        if time.monotonic() > self.deadline:
+            raise MachineError(f"{self.title}: no time is left; run the same command again to go on")
+        with translate_errors(self.title):
+            buffer[: len(place)] = api().read_range(
+                self.repo, "dataset", self.commit, self.path, place, self.deadline
+            )
+        self.position = place.stop
+        return len(place)
 
 
 def is_unsafe(path: str) -> bool:

@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import lru_cache
@@ -33,12 +33,15 @@ from pipeline.core.yaml_text import parse_yaml, read_file
 from pipeline.graph.recipe import LOCK_BYTES, explain
 from pipeline.hub.client import RemoteRepository, api, endpoint, is_unsafe, online, translate_errors
 from stages.data.acquire.readers.base import MAX_ENTRIES
+from stages.data.acquire.source_probe import Probe
 
 DIGEST = re.compile(r"sha256:[0-9a-f]{64}|git:[0-9a-f]{40}")
 COMMIT = r"[0-9a-f]{40}"
 HEADER = """\
 # Written by `atom pin`: what the Hub states of each source of the data recipe. Lines of `files`: digest, bytes, path.
 """
+# Values of a lock file: a thousand sources with their probes.
+LOCK_VALUES = 1_000_000
 
 Commit = Annotated[str, Words(40, "commit of 40 hex digits", COMMIT)]
 # Seconds between two looks at a file that another process pulls.
@@ -90,6 +93,8 @@ class LockedSource(Config):
     """`pattern` of the reader when it was pinned"""
     files: str
     """a line for each file, sorted by path: digest, bytes, path"""
+    probe: Probe | None = None
+    """what a sample of the files says; null: none was read"""
 
     def rows(self) -> list[LockedFile]:
         """Returns the files, sorted by path. Raises ValueError naming a line that `atom pin` did not write."""
@@ -139,7 +144,7 @@ def read(path: Path) -> Mapping[str, LockedSource]:
 def _read_version(path: Path, version: tuple[int, int, int]) -> Mapping[str, LockedSource]:
     title = f"lock file {escaped(path.name, 80)}"
     try:
-        raw = parse_yaml(read_file(path, title, LOCK_BYTES), title)
+        raw = parse_yaml(read_file(path, title, LOCK_BYTES), title, LOCK_VALUES)
         try:
             sources = LockFile.model_validate(raw).sources
         except ValidationError as error:
@@ -159,9 +164,10 @@ def write(path: Path, sources: Mapping[str, LockedSource]) -> None:
         text.append(f"  {name}:\n")
         text += [
             f"    {field}: {json.dumps(value, ensure_ascii=False)}\n"
-            for field, value in source.model_dump().items()
-            if field != "files"
+            for field, value in source.model_dump(exclude={"files", "probe"}).items()
         ]
+        if source.probe:
+            text += ["    probe:\n", *_probe_lines(source.probe)]
         # A line for each file, so that a diff shows which files another revision has changed.
         text += ["    files: |\n", *(f"      {line}\n" for line in source.files.splitlines())]
     try:
@@ -171,6 +177,24 @@ def write(path: Path, sources: Mapping[str, LockedSource]) -> None:
             f"{escaped(str(path), 200)} cannot be written ({error.strerror}); copy the data recipe to a folder of "
             "yours, and name it by its path"
         ) from None
+
+
+def _probe_lines(probe: Probe) -> Iterator[str]:
+    """Yields the lines of a probe: one for each figure, and one for each row of its tables."""
+    for field, value in probe.model_dump(mode="json", exclude_defaults=True).items():
+        # JSON is YAML, and quotes what YAML would take for something else than text.
+        if isinstance(value, dict):
+            yield f"      {field}:\n"
+            yield from (f"        {_json(key)}: {_json(row)}\n" for key, row in value.items())
+        elif isinstance(value, list):
+            yield f"      {field}:\n"
+            yield from (f"        - {_json(row)}\n" for row in value)
+        else:
+            yield f"      {field}: {_json(value)}\n"
+
+
+def _json(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False)
 
 
 def resolve(name: str, repo: str, revision: str, pattern: str) -> LockedSource:
