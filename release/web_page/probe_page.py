@@ -137,16 +137,16 @@ def _draw_removals(figure: Figure, probes: Mapping[str, Probe]) -> None:
         for rule, row in probe.removed.items():
             totals[rule] = totals.get(rule, 0) + row.documents
     shown = sorted(totals, key=lambda rule: (-totals[rule], rule))[:MOST_RULES]
-    counts: list[dict[str, float]] = []
+    shares: list[dict[str, float]] = []
     for probe in probes.values():
         removed = {rule: row.documents for rule, row in probe.removed.items()}
-        kept = probe.sampled_documents - sum(removed.values())
-        parts = {"kept": kept, **{rule: removed.pop(rule, 0) for rule in shown}, "other rules": sum(removed.values())}
-        counts.append({name: count / probe.sampled_documents for name, count in parts.items()})
+        parts = {"kept": probe.kept_documents, **{rule: removed.pop(rule, 0) for rule in shown}}
+        parts["other rules"] = probe.sampled_documents - sum(parts.values())
+        shares.append({name: count / probe.sampled_documents for name, count in parts.items()})
     axis: Any = figure.subplots()
-    left = [0.0] * len(counts)
-    for color, part in zip(plots.COLORS, counts[0], strict=False):
-        widths = [row[part] for row in counts]
+    left = [0.0] * len(shares)
+    for color, part in zip(plots.COLORS, shares[0], strict=False):
+        widths = [row[part] for row in shares]
         axis.barh(list(probes), widths, left=left, color=color, label=part)
         left = [start + width for start, width in zip(left, widths, strict=True)]
     axis.invert_yaxis()

@@ -170,6 +170,7 @@ class Measurement:
             problem=escaped("; ".join(self.problems[:3]), 1000),
             sampled_documents=documents,
             sampled_bytes=sampled_bytes,
+            kept_documents=len(self.hashes),
             documents=round(self._total([each.of_file(each.documents) for each in counts])[0]),
             bytes=round(self._total([each.of_file(each.bytes) for each in counts])[0]),
             kept_bytes=round(kept),

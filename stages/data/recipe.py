@@ -79,7 +79,8 @@ class SourceConfig(Source):
         """The digest of what decides on the documents that a sample keeps."""
         names = "kind license document_license license_allow reader steps"
         fields = {name: value for name, value in identity(self).items() if name in names.split()}
-        return sha256_bytes(canonical([acquire_stage.VERSION, filter_stage.VERSION, fields, self.bytes_per_token]))
+        versions = acquire_stage.VERSION, filter_stage.VERSION
+        return f"sha256:{sha256_bytes(canonical([*versions, fields, self.bytes_per_token]))}"
 
     @property
     def probe(self) -> Probe | None:

@@ -93,7 +93,7 @@ def fetch(source: str, locked: LockedSource, reader: Hub, label: str, stopped: t
     files = sorted((file for file in locked.rows() if file.size), key=lambda file: seed_of(f"{label}/{file.path}", 0))
     settings = [VERSION, label, reader.format, reader.columns]
     for file in files[:PIECES]:
-        folder = reader.place(file).parent / f"sample-{sha256_bytes(canonical(settings))[7:23]}"
+        folder = reader.place(file).parent / f"sample-{sha256_bytes(canonical(settings))[:16]}"
         try:
             if not folder.exists():
                 remote = RangedFile(locked.repo, locked.revision, file.path, file.size, deadline, MOST_BYTES)
@@ -233,7 +233,7 @@ def _decompressed(remote: RangedFile, data: bytes, name: str) -> tuple[bytes, in
     try:
         while len(text) < MOST_TEXT:
             # Smaller than what is wanted, since a text that is cut loses the last chunk.
-            chunk = file.read(2**16)
+            chunk = file.read(2**12)
             if not chunk:
                 return bytes(text), len(data), True
             text += chunk

@@ -60,6 +60,8 @@ class Probe(Config):
     """documents of the sample"""
     sampled_bytes: Count = 0
     """bytes of their text"""
+    kept_documents: Count = 0
+    """documents of the sample that curation leaves"""
     documents: Count = 0
     """documents of the source, estimated"""
     bytes: Count = 0
