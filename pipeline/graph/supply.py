@@ -63,15 +63,15 @@ def unserved(rows: Sequence[SourceSupply]) -> list[str]:
     for row in rows:
         if row.epochs is None or row.epochs <= row.most_epochs:
             continue
-        asked = f"{', '.join(row.asked)} ask for {human(sum(row.asked.values()))} tokens"
+        asked = f"{human(sum(row.asked.values()))} tokens are asked for by {', '.join(row.asked)}"
         if not row.tokens:
             sentences.append(f"source {row.source}: {asked}, and curation leaves none of its sample ({row.where})")
             continue
         # Rounded up, so that it suffices.
         enough = math.ceil(row.epochs * 10) / 10
         sentences.append(
-            f"source {row.source}: {asked} of the {human(row.tokens)} that are {row.basis}, {row.epochs:.1f} epochs and "
-            f"more than {row.most_epochs:g}; lower its share in the mixes, or acknowledge them by "
+            f"source {row.source}: {asked}, and {human(row.tokens)} are {row.basis}: {row.epochs:.1f} epochs, more than "
+            f"{row.most_epochs:g}; lower its share in the mixes, or acknowledge them by "
             f"supply.acknowledged_epochs: {{{row.source}: {enough:g}}}"
         )
     return sentences
