@@ -70,8 +70,8 @@ def unserved(rows: Sequence[SourceSupply]) -> list[str]:
         # Rounded up, so that it suffices.
         enough = math.ceil(row.epochs * 10) / 10
         sentences.append(
-            f"source {row.source}: {asked}, and {human(row.tokens)} are {row.basis}: {row.epochs:.1f} epochs, more than "
-            f"{row.most_epochs:g}; lower its share in the mixes, or acknowledge them by "
+            f"source {row.source}: {asked}, and {human(row.tokens)} are {row.basis}: {row.epochs:.1f} epochs, more "
+            f"than {row.most_epochs:g}; lower its share in the mixes, or acknowledge them by "
             f"supply.acknowledged_epochs: {{{row.source}: {enough:g}}}"
         )
     return sentences

@@ -126,18 +126,16 @@ class RetryingClient:
 
         Raises OSError if the Hub sends others, and MachineError after the deadline, a time of `time.monotonic`.
         """
-        from huggingface_hub import hf_hub_url
-        from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
-
-        url = hf_hub_url(repo, path, repo_type=kind, revision=commit, endpoint=self.client.endpoint)
+        hub = load()
+        url = hub.hf_hub_url(repo, path, repo_type=kind, revision=commit, endpoint=self.client.endpoint)
         # A proxy that compressed the bytes would send others than the range has.
         headers = {"Range": f"bytes={place.start}-{place.stop - 1}", "Accept-Encoding": "identity"}
-        headers |= build_hf_headers(token=self.client.token)
+        headers |= hub.utils.build_hf_headers(token=self.client.token)
 
         def read() -> bytes:
             data = bytearray()
-            with get_session().stream("GET", url, headers=headers) as response:
-                hf_raise_for_status(response)
+            with hub.utils.get_session().stream("GET", url, headers=headers) as response:
+                hub.utils.hf_raise_for_status(response)
                 if response.status_code != 206:
                     raise OSError("a whole file in place of a range of its bytes")
                 for chunk in response.iter_raw():
@@ -408,9 +406,7 @@ class RangedFile(io.RawIOBase):
         if time.monotonic() > self.deadline:
             raise MachineError(f"{self.title}: no time is left; run the same command again to go on")
         with translate_errors(self.title):
-            buffer[: len(place)] = api().read_range(
-                self.repo, "dataset", self.commit, self.path, place, self.deadline
-            )
+            buffer[: len(place)] = api().read_range(self.repo, "dataset", self.commit, self.path, place, self.deadline)
         self.position = place.stop
         return len(place)
 

@@ -1,4 +1,4 @@
-"""The commands about a release: build, sign, publish, verify, show, trace, replay, chat, predict, ladder, demo; and pin."""
+"""The commands about data and a release: pin, build, sign, publish, verify, show, trace, replay, chat, predict."""
 
 import typer
 

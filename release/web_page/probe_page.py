@@ -95,7 +95,9 @@ def _overview(entries: Mapping[str, LockedSource]) -> Markup:
 
 def _tables(probe: Probe) -> list[tuple[str, Markup]]:
     """Returns the titles and tables of one source, without empty ones."""
-    licenses = [[row.string or "none", row.license or "unknown, removed", _percent(row.share)] for row in probe.licenses]
+    licenses = [
+        [row.string or "none", row.license or "unknown, removed", _percent(row.share)] for row in probe.licenses
+    ]
     removed = [
         [rule, f"{row.documents:,}", f"{_percent(row.low)} to {_percent(row.high)}"]
         for rule, row in probe.removed.items()

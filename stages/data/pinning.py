@@ -119,7 +119,7 @@ def pin(path: Path, sample: bool = True) -> Iterator[Pin]:
                         same = earlier and (earlier.repo, earlier.files) == (entry.repo, entry.files)
                         entry = entry.model_copy(update={"probe": earlier.probe if earlier and same else None})
                     else:
-                        entry, hashes[source.name] = _probed(source, entry, pieces)
+                        entry, hashes[source.name] = _probed(recipe, source, entry, pieces)
                 except AtomError as error:
                     failures[source.name] = error
                     continue
@@ -151,7 +151,9 @@ def _ask(
     return entry, hub_samples.fetch(source.name, entry, reader, label, stopped) if sample else None
 
 
-def _probed(source: SourceConfig, entry: LockedSource, sample: Sample) -> tuple[LockedSource, set[str]]:
+def _probed(
+    recipe: DataRecipe, source: SourceConfig, entry: LockedSource, sample: Sample
+) -> tuple[LockedSource, set[str]]:
     """Returns the entry of a source with its probe, and the content hashes of the sample."""
     from loguru import logger
 
@@ -159,7 +161,8 @@ def _probed(source: SourceConfig, entry: LockedSource, sample: Sample) -> tuple[
 
     logger.disable("datatrove")  # it logs each of many small steps
     assert isinstance(source.reader, Hub)
-    measurement = Measurement(source, sample, sum(file.size for file in entry.rows()))
+    size = sum(file.size for file in entry.rows())
+    measurement = Measurement(source, sample, size, recipe.curation.alarm_share)
     probe = measurement.probe(source.probe_settings, source.reader.format)
     return entry.model_copy(update={"probe": probe}), measurement.hashes
 

@@ -19,6 +19,7 @@ from stages.data.acquire.hub_samples import Piece, Sample
 from stages.data.acquire.readers.base import FAILED_RULE, REFUSED_RULES, Document, Failed, Failures, Unreadable, kind_of
 from stages.data.acquire.readers.row_files import Row, RowReader, field_at, in_words
 from stages.data.acquire.source_probe import LISTED, LONG, LicenseString, Probe, RuleShare
+from stages.data.curate.alarms import MIN_DOCUMENTS, filter_losses
 from stages.data.curate.decontamination import ContaminationIndex
 from stages.data.curate.filters.own import most_probable
 from stages.data.curate.source_filter import SECRETS, Removed, SourceFilter
@@ -55,13 +56,14 @@ class Measurement:
         problems: Sentences on what is wrong with the source.
     """
 
-    def __init__(self, source: SourceConfig, sample: Sample, total_bytes: int) -> None:
+    def __init__(self, source: SourceConfig, sample: Sample, total_bytes: int, alarm_share: float) -> None:
         """Runs the reader and the steps of a source.
 
         Args:
             source: The source.
             sample: Its sample.
             total_bytes: Bytes of all of its files.
+            alarm_share: The share of a source above which the removals of a rule must be acknowledged.
         """
         self.source, self.sample, self.total_bytes = source, sample, total_bytes
         self.hashes, self.problems = set[str](), list(sample.problems)
@@ -80,7 +82,11 @@ class Measurement:
                 self._read(piece, steps)
             except AtomError as error:
                 self.problems.append(f"source {source.name}: {error}")
-        self._judge(steps)
+        self._judge_failures(steps)
+        self._judge_licenses()
+        # What is removed for a reason above needs no second sentence.
+        if not self.problems:
+            self._judge_removals(alarm_share)
 
     def _read(self, piece: Piece, steps: SourceFilter) -> None:
         source, counts = self.source, _PieceCounts(piece)
@@ -123,18 +129,21 @@ class Measurement:
             counts.kept_bytes += kept
             self.long.update({n: kept for n in LONG if kept > n * self.source.bytes_per_token})
 
-    def _judge(self, steps: SourceFilter) -> None:
-        """Adds the sentences on a source that acquire or filter would stop at, or of which nothing could be used."""
+    def _judge_failures(self, steps: SourceFilter) -> None:
+        """Adds the sentences with which acquire or filter would stop, as too many documents fail."""
         documents = sum(counts.documents for counts in self.counts)
         for failures in (self.failures, steps.failures):
             try:
                 failures.require_few(documents)
             except AtomError as error:
                 self.problems.append(str(error))
+
+    def _judge_licenses(self) -> None:
+        """Adds a sentence if no row states a license, or if none that a file states is known."""
         name, reader = self.source.name, self.source.reader
         assert isinstance(reader, RowReader)
-        stated = {id(each): [key for key in each.licenses if key[0]] for each in self.counts}
-        if reader.license_field is None or not any(each.licenses for each in self.counts):
+        stated = {each.piece.file: [key for key in each.licenses if key[0]] for each in self.counts}
+        if reader.license_field is None or not self.counts:
             return
         if not any(stated.values()):
             fields = ", ".join(list(self.sample.fields)[:LISTED])
@@ -144,16 +153,27 @@ class Measurement:
             )
             return
         # A file whose strings are all unknown, while others have known ones, is spelled in another way.
-        known = [each for each in self.counts if any(license for _, license in each.licenses)]
-        for each in self.counts:
-            strings = stated[id(each)]
-            if strings and each not in known:
-                others = "those of other files are" if known else "nor is any other"
+        unknown = {file: keys for file, keys in stated.items() if keys and not any(license for _, license in keys)}
+        for file, keys in list(unknown.items())[:1]:
+            others = "nor is any other" if len(unknown) == len(stated) else "those of other files are"
+            self.problems.append(
+                f"source {name}: no license string of {escaped(file, 200)} is known, such as {keys[0][0]!r}, and "
+                f"{others}; add them to reader.license_strings"
+            )
+
+    def _judge_removals(self, alarm_share: float) -> None:
+        """Adds a sentence for each rule at whose removals filter would stop."""
+        removed = sum((each.removed for each in self.counts), Counter[str]())
+        del removed[DUPLICATE]
+        steps, acknowledged = [step.name for step in self.source.steps], self.source.acknowledged_removals
+        documents = sum(each.documents for each in self.counts)
+        for loss in filter_losses(self.source.name, steps, documents, removed):
+            limit = max(alarm_share, acknowledged.get(loss.rule, 0.0))
+            if loss.documents >= MIN_DOCUMENTS and loss.share > limit:
                 self.problems.append(
-                    f"source {name}: no license string of {escaped(each.piece.file, 200)} is known, such as "
-                    f"{strings[0][0]!r}, and {others}; add them to reader.license_strings"
+                    f"source {loss} of the sample, a larger share than {limit:g}, at which filter would stop; change "
+                    "the rule, or acknowledge it in acknowledged_removals"
                 )
-                return
 
     def probe(self, settings: str, sampled: str) -> Probe:
         """Returns the entry of the lock file."""
@@ -203,7 +223,9 @@ class Measurement:
         if not sum(sizes):
             return 0.0, 0.0
         estimate = sum(values) / sum(sizes) * self.total_bytes
-        read = sum(size * each.rows / each.piece.rows for size, each in zip(sizes, self.counts, strict=True) if size)
+        read = sum(
+            size * each.rows / each.piece.rows for size, each in zip(sizes, self.counts, strict=True) if each.rows
+        )
         unread = max(0.0, 1 - read / self.total_bytes)
         if unread < 1e-6:
             return estimate, 0.0
@@ -213,8 +235,7 @@ class Measurement:
         return estimate, Z95 * root_of_squares(deviations) / sum(sizes) * self.total_bytes * math.sqrt(unread)
 
     def _rule_share(self, rule: str, count: int, documents: int) -> RuleShare:
-        """Returns a count with the wider of two intervals: by documents (Wilson), and by pieces, whose documents are alike.
-        """
+        """Returns a count with the wider of its intervals by documents (Wilson) and by pieces."""
         low, high = wilson(count, documents)
         pairs = [(each.removed[rule], each.documents) for each in self.counts if each.documents]
         if len(pairs) > 1:

@@ -4,8 +4,8 @@ Of Parquet files, a piece of a sample is the first rows of a random row group. A
 whole can be read from its beginning only, so a piece is the first lines of a random file. Which files and row groups
 these are depends on the label and the names alone.
 
-A source takes at most PIECES times MOST_BYTES from the network, in practice some MB, and at most SECONDS. Memory holds one
-piece. Pieces are kept beside pulled files, by the digest of their file: the same sample is not requested twice.
+A source takes at most PIECES times MOST_BYTES from the network, in practice some MB, and at most SECONDS. Memory holds
+one piece. Pieces are kept beside pulled files, by the digest of their file: the same sample is not requested twice.
 """
 
 from __future__ import annotations
@@ -256,7 +256,9 @@ def _fields_of(lines: bytes) -> dict[str, str]:
         except (ValueError, RecursionError):
             continue
         for name, value in row.items() if isinstance(row, dict) else ():
-            nested = {f"{name}.{key}": each for key, each in value.items()} if isinstance(value, dict) else {name: value}
+            nested = (
+                {f"{name}.{key}": each for key, each in value.items()} if isinstance(value, dict) else {name: value}
+            )
             for path, each in nested.items():
                 types.setdefault(escaped(path, 100), set()).add(JSON_TYPES.get(type(each), "struct"))
     return {name: "|".join(sorted(kinds)) for name, kinds in list(types.items())[:MOST_FIELDS]}

@@ -1,7 +1,7 @@
 """What `atom pin` learns from a sample of a source: the entry `probe` of a lock file, which `atom plan` reads.
 
-Figures of the sample are counts. Figures of the whole source are estimates, each with the interval in which it lies with
-a confidence of 95 %, where the sample has several pieces.
+Figures of the sample are counts. Figures of the whole source are estimates, with an interval at a confidence of 95 %
+where the sample has several pieces.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from pipeline.core.bounds import Range, Sha256, SourceName, Words
+from pipeline.core.bounds import MOST_SOURCES, Range, Sha256, SourceName, Words
 from pipeline.core.stage import Config
 
 Count = Annotated[int, Range(0, 1e17)]
@@ -49,7 +49,7 @@ class Probe(Config):
     """A sample of a source, read by its reader and curated by its steps."""
 
     settings: Sha256
-    """digest of the settings of reader and steps, and of the versions of their stages; a probe by others counts as none"""
+    """digest of the settings of reader and steps and of the versions of their stages; with others it counts as none"""
     sampled: Literal["heads", "row groups"]
     """heads: the beginnings of files, which are compressed as a whole; row groups: first rows of random row groups"""
     pieces: Count
@@ -67,7 +67,7 @@ class Probe(Config):
     bytes: Count = 0
     """bytes of their text, estimated"""
     kept_bytes: Count = 0
-    """bytes of text that curation leaves, estimated; near duplicates and evaluation items are not searched in a sample"""
+    """bytes of text that curation leaves, estimated; near duplicates and evaluation items are not searched for"""
     kept_low: Count | None = None
     """lower end of its interval; null: unknown, as all of the sample is from one place"""
     kept_high: Count | None = None
@@ -80,15 +80,15 @@ class Probe(Config):
     """sampled documents that were removed for a secret"""
     duplicates: Count = 0
     """sampled documents that are copies of earlier ones of the sample; more of the source are"""
-    fields: dict[Name, Name] = {}
+    fields: dict[Name, Name] = Field({}, max_length=200)
     """type of each field of the rows; several where files differ"""
     licenses: tuple[LicenseString, ...] = ()
     """most frequent license strings of the sample"""
-    languages: dict[Name, Portion] = {}
+    languages: dict[Name, Portion] = Field({}, max_length=LISTED)
     """share of the sampled bytes by most probable language of lid.176; none of code"""
-    removed: dict[Name, RuleShare] = {}
+    removed: dict[Name, RuleShare] = Field({}, max_length=LISTED)
     """removed documents by rule, the most frequent rules"""
-    long_documents: dict[Name, Portion] = {}
+    long_documents: dict[Name, Portion] = Field({}, max_length=LISTED)
     """share of the kept bytes in documents of more tokens than the key"""
-    shared: Annotated[dict[SourceName, Count], Field(max_length=1000)] = {}
+    shared: dict[SourceName, Count] = Field({}, max_length=MOST_SOURCES)
     """kept documents of the sample that the sample of an earlier source has as well; more of the sources are"""

@@ -25,7 +25,7 @@ from stages.data.acquire.source_probe import Probe
 from stages.data.recipe import load
 from tests.fixtures.hub_fixtures import Hub
 
-WORDS = "the quick brown fox jumps over a lazy dog while seven small boats sail along the quiet northern coast".split()
+WORDS = ("the", "quick", "brown", "fox", "jumps", "over", "lazy", "dogs", "while", "seven", "small", "boats", "sail")
 LICENSES = ("CC0-1.0", "MIT", "As is")
 TOKEN = "ghp_" + "a1B2c3D4e5F6g7H8i9J0k1L2m3N4o5P6q7R8"
 
@@ -88,6 +88,7 @@ def test_figures_of_a_sample_are_those_of_the_source(hub: Hub, tmp_path: Path) -
     books = [{"text": text(n, 400), "license": "MIT", "other": "x" * 5000} for n in range(3000)]
     hub.add("local/books", {"a.parquet": parquet(books[:2000], 50), "b.parquet": parquet(books[2000:], 50)})
     web = source("web", license_field="meta.license") | {"license_allow": ["CC0-1.0"], "heldout_fraction": 0.5}
+    web["acknowledged_removals"] = {"license": 0.7}
     stored = source("books", pattern="*.parquet", format="parquet", license_field="license")
     path = recipe(tmp_path, web, stored)
 
@@ -115,6 +116,11 @@ def test_figures_of_a_sample_are_those_of_the_source(hub: Hub, tmp_path: Path) -
     # The column that no setting names is most of the files, and is not requested.
     assert hub.sent["a.parquet"] + hub.sent["b.parquet"] < 5_000_000 < 3000 * 5000
     assert large.fields["other"] == "string"
+
+    # What filter would stop at, `pin` says.
+    _, failure = probed(recipe(tmp_path, web | {"acknowledged_removals": {"license": 0.6}}))
+    assert failure.startswith("source web: license removes 120 of 180 documents of the sample, a larger share than 0.6")
+    probed(path := recipe(tmp_path, web, stored))
 
     loaded = {each.name: each for each in load(path).resolved().sources}
     assert loaded["web"].expected is not None and loaded["web"].expected.documents == 180
