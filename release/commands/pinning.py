@@ -25,7 +25,7 @@ def pin(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Pin a data recipe's sources on the Hub, and probe them.
+    """Pin a data recipe's sources, and probe them.
 
     The Hub at HF_ENDPOINT is asked for the commit of each source's revision, and for the size and digest of each file
     that matches its pattern. Of some files, some MB are read, and the reader and the steps of the source run on them:
@@ -56,7 +56,7 @@ def pin(
     elif pins:
         print(f"written to {lock}")
     if report is not None:
-        from release.web_page.probe_page import write_page
+        from release.source_report.report import write_page
 
         write_page(report, path, "" if failure is None else str(failure))
     if failure is not None:

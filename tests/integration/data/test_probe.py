@@ -18,7 +18,8 @@ from starlette.responses import JSONResponse, Response
 from pipeline.core.errors import AtomError
 from pipeline.graph import recipe as recipes
 from pipeline.hub import client
-from release.web_page import page, probe_page
+from release.source_report.report import write_page
+from release.web_page import page
 from stages.data import pinning
 from stages.data.acquire import hub_files, hub_samples
 from stages.data.acquire.source_probe import Probe
@@ -179,7 +180,7 @@ def test_one_source_that_fails_leaves_the_others(hub: Hub, tmp_path: Path) -> No
     assert list(probes["columns"].fields) == ["meta", "n", "text"]
 
     report = tmp_path / "report.html"
-    probe_page.write_page(report, path, failure)
+    write_page(report, path, failure)
 
     html = report.read_text()
     assert page.runs_nothing(html) and "http-equiv" in html and html.count("<img") == 2

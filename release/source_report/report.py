@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 FOLDER = Path(__file__).parent
+STYLE = FOLDER.parent / "web_page"
+"""The folder with the style of the page of a release."""
 MOST_RULES = len(plots.COLORS) - 2
 """Rules with a color of their own; the others share one."""
 
@@ -41,7 +43,7 @@ def write_page(path: Path, recipe: Path, failure: str) -> None:
     """
     import jinja2
 
-    loader = jinja2.FileSystemLoader(FOLDER)
+    loader = jinja2.FileSystemLoader([FOLDER, STYLE])
     environment = jinja2.Environment(
         loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -52,7 +54,7 @@ def write_page(path: Path, recipe: Path, failure: str) -> None:
         for name, entry in entries.items()
         if entry.probe
     ]
-    page = environment.get_template("probe.html.jinja").render(
+    page = environment.get_template("report.html.jinja").render(
         name=escaped(recipe.stem, 80),
         failure=failure,
         overview=_overview(entries),
