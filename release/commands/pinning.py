@@ -19,7 +19,9 @@ def pin(
     recipe: Annotated[
         str, typer.Argument(help="name of a packaged recipe or data recipe, or path to the YAML file of either")
     ],
-    sample: Annotated[bool, typer.Option("--sample/--no-sample", help="read a sample of each source")] = True,
+    no_sample: Annotated[
+        bool, typer.Option("--no-sample", help="probe nothing; earlier probes of the same files stay")
+    ] = False,
     report: Annotated[
         Path | None, typer.Option("--report", metavar="FILE.html", help="write a page about all sources as well")
     ] = None,
@@ -44,7 +46,7 @@ def pin(
     path = pinning.data_recipe(recipe)
     lock = lock_of(path)
     try:
-        for row in pinning.pin(path, sample):
+        for row in pinning.pin(path, not no_sample):
             pins.append(row.json())
             if not as_json:
                 print(row, flush=True)

@@ -5,7 +5,7 @@ whole can be read from its beginning only, so a piece is the first lines of a ra
 these are depends on the label and the names alone.
 
 A source takes at most PIECES times MOST_BYTES from the network, in practice some MB, and at most SECONDS. Memory holds
-one piece. Pieces are kept beside pulled files, by the digest of their file: the same sample is not requested twice.
+one piece, and at most MOST_TEXT of its text. Pieces are kept beside pulled files, by the digest of their file: the same sample is not requested twice.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ from stages.formats.seeds import seed_of
 VERSION = 1
 # The pieces of the sample of a source; an interval is by their differences.
 PIECES = 10
-# The bytes of the beginning of a file, and the decoded bytes of the rows of a row group.
-HEAD_BYTES, ROWS_BYTES = 2**20, 2**20
+# The bytes of the beginning of a file, and the decoded bytes of a piece, of which whole rows are kept.
+HEAD_BYTES, PIECE_BYTES = 2**20, 2**20
 # The most bytes that are requested for a piece, and the most text that they may decompress to.
 MOST_BYTES, MOST_TEXT = 2**25, 2**26
 # Bytes of a request to a column of a Parquet file.
@@ -101,8 +101,8 @@ def fetch(source: str, locked: LockedSource, reader: Hub, label: str, stopped: t
             _add(sample, folder, file)
         except AtomError as error:
             sample.problems.append(f"source {source}: {error}")
-            # What the network did to one file, it would do to all others.
-            if isinstance(error, MachineError):
+            # What the network or the Hub did to these files, it would do to all others.
+            if isinstance(error, MachineError) or (len(sample.problems) == 3 and not sample.pieces):
                 break
         if stopped.is_set():
             break
@@ -182,11 +182,11 @@ def _row_groups(
                 raise AtomError(f"{remote.title}: its rows have {mean_bytes / 1e6:.0f} MB each, too much for a sample")
             batches, size = [], 0
             for batch in parquet.iter_batches(
-                max(1, int(ROWS_BYTES / 4 / max(mean_bytes, 1))), [number], columns, use_threads=False
+                max(1, int(PIECE_BYTES / 4 / max(mean_bytes, 1))), [number], columns, use_threads=False
             ):
                 batches.append(batch)
                 size += batch.nbytes
-                if size >= ROWS_BYTES:
+                if size >= PIECE_BYTES:
                     break
             share = group.total_byte_size / total
             facts = {"rows": group.num_rows, "bytes": share * file.size, "fields": fields}
@@ -209,13 +209,12 @@ def _head(remote: RangedFile, file: LockedFile) -> tuple[dict[str, Any], bytes]:
         end = len(text) if whole else text.rfind(b"\n") + 1
         if end:
             break
+    # All lines say how many there are, and the first ones what they are.
     lines = text[:end]
-    # The last byte of a file that was read as a whole may be that of its last line.
-    facts = {
-        "rows": sum(1 for line in lines.splitlines() if line.strip()),
-        "bytes": consumed * end / max(len(text), 1),
-        "fields": _fields_of(lines),
-    }
+    rows = sum(1 for line in lines.split(b"\n") if line.strip())
+    if end > PIECE_BYTES:
+        lines = lines[: max(lines.rfind(b"\n", 0, PIECE_BYTES), lines.find(b"\n")) + 1] or lines
+    facts = {"rows": rows, "bytes": consumed * end / max(len(text), 1), "fields": _fields_of(lines)}
     return facts, lines
 
 
@@ -237,10 +236,8 @@ def _decompressed(remote: RangedFile, data: bytes, name: str) -> tuple[bytes, in
             if not chunk:
                 return bytes(text), len(data), True
             text += chunk
-            if len(text) > 8 * HEAD_BYTES and b"\n" in text:
-                break
     except (EOFError, OSError, zlib.error) as error:
-        # The beginning of a file is cut within a block; what came before it is good.
+        # The beginning of a file is cut within a block, of at most 128 KiB of text in Zstandard; what came before is good.
         if not text:
             raise AtomError(f"{remote.title}: {error}; it is not compressed as its name says") from None
         return bytes(text), len(data), False

@@ -131,6 +131,30 @@ def test_figures_of_a_sample_are_those_of_the_source(hub: Hub, tmp_path: Path) -
     assert load(recipe(tmp_path, web | {"heldout_fraction": 0.1}, stored)).sources[0].probe == probe
 
 
+@pytest.mark.parametrize(("suffix", "head"), [("", 2**16), (".gz", 2**16), (".zst", 2**18)])
+def test_the_beginning_of_a_file(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str, head: int
+) -> None:
+    """Of a larger file only its beginning is requested, and the rest is estimated from it; its last line may lack an end.
+    Zstandard's blocks are large, so that more of them are read here."""
+    monkeypatch.setattr(hub_samples, "HEAD_BYTES", head)
+    monkeypatch.setattr(hub_samples, "PIECE_BYTES", 2**14)
+    rows = [{"text": text(n, 30), "meta": {"license": "MIT"}} for n in range(12_000)]
+    lines = "\n".join(map(json.dumps, rows)).encode()
+    compressed = {"": lines, ".gz": gzip.compress(lines, mtime=0), ".zst": pa.compress(lines, "zstd", asbytes=True)}
+    short = b'{"text": "one"}\n{"text": "two"}'
+    hub.add("local/web", {f"a.jsonl{suffix}": compressed[suffix]})
+    hub.add("local/short", {"b.jsonl": short})
+
+    probes, failure = probed(recipe(tmp_path, source("web", pattern="*.jsonl*"), source("short", pattern="*.jsonl")))
+
+    probe, total = probes["web"], sum(len(row["text"].encode()) for row in rows)
+    assert failure == "" and probes["short"].documents == probes["short"].kept_documents == 2
+    assert hub.sent[f"a.jsonl{suffix}"] == head < len(compressed[suffix])
+    assert 50 < probe.sampled_documents < 150 and (probe.kept_low, probe.kept_high) == (None, None)
+    assert probe.documents == pytest.approx(12_000, rel=0.1) and probe.kept_bytes == pytest.approx(total, rel=0.1)
+
+
 def test_a_second_pin_requests_no_sample_again(hub: Hub, tmp_path: Path) -> None:
     hub.add("local/web", {f"{n}.json.gz": gz(pages(n)) for n in range(2)})
     hub.add("local/copy", {"x.json.gz": gz(pages(0)[:9])})
