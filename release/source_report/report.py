@@ -86,7 +86,7 @@ def _overview(entries: Mapping[str, LockedSource]) -> Markup:
         files, probe = entry.rows(), entry.probe
         row = [name, f"{entry.repo}@{entry.revision[:12]}", f"{len(files):,}", human(sum(file.size for file in files))]
         if probe and probe.sampled_documents:
-            sample = f"{probe.sampled_documents:,} documents of {probe.pieces} {probe.sampled}"
+            sample = f"{probe.sampled_documents:,} documents ({probe.sampled}: {probe.pieces})"
             kept = _percent(probe.kept_bytes / probe.bytes) if probe.bytes else ""
             row += [sample, human(probe.documents), human(probe.bytes), kept, _kept(probe)]
         else:

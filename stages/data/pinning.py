@@ -137,7 +137,7 @@ def pin(path: Path, sample: bool = True) -> Iterator[Pin]:
     if hashes:
         hub_files.write(lock, {**entries, **dict(_with_shared(entries, hashes, [source.name for source in sources]))})
     if failures:
-        raise _joined([failures[source.name] for source in sources if source.name in failures], len(sources), lock)
+        raise _joined([failures[source.name] for source in sources if source.name in failures], len(sources))
 
 
 def _ask(
@@ -179,13 +179,13 @@ def _with_shared(
         yield name, entries[name].model_copy(update={"probe": probe.model_copy(update={"shared": shared})})
 
 
-def _joined(failures: list[AtomError], sources: int, lock: Path) -> AtomError:
+def _joined(failures: list[AtomError], sources: int) -> AtomError:
     """Returns the failures of sources as one error. It is of the machine if all of them are."""
     kind = MachineError if all(isinstance(error, MachineError) for error in failures) else AtomError
     shown = "; ".join(map(str, failures[:3])) + ("; …" if len(failures) > 3 else "")
     others = sources - len(failures)
-    kept = f"; the other {others} of {sources} sources are in {escaped(lock.name, 80)}" if others else ""
-    return kind(f"{shown}{kept}")
+    in_order = f"; {others} of {sources} sources are in order" if others else ""
+    return kind(f"{shown}{in_order}")
 
 
 def _known(lock: Path) -> Mapping[str, LockedSource]:

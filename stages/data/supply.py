@@ -55,7 +55,7 @@ def _supply(section: SupplySection, source: SourceConfig, heldout: float, asked:
     if probe is not None:
         assert isinstance(source.reader, Hub)
         tokens, basis = probe.kept_tokens * (1 - heldout), "probed"
-        where = f"{probe.sampled_documents:,} documents in {probe.pieces} {probe.sampled} of {source.reader.repo}"
+        where = f"{probe.sampled_documents:,} documents of {source.reader.repo} ({probe.sampled}: {probe.pieces})"
     elif source.supply is not None:
         tokens, basis, where = source.supply.tokens * (1 - heldout), "stated", source.supply.where
     can_probe = isinstance(source.reader, Hub) and source.name not in section.acknowledged_unprobed

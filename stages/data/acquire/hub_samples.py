@@ -5,7 +5,8 @@ whole can be read from its beginning only, so a piece is the first lines of a ra
 these are depends on the label and the names alone.
 
 A source takes at most PIECES times MOST_BYTES from the network, in practice some MB, and at most SECONDS. Memory holds
-one piece, and at most MOST_TEXT of its text. Pieces are kept beside pulled files, by the digest of their file: the same sample is not requested twice.
+one piece, and at most MOST_TEXT of its text. Pieces are kept beside pulled files, by the digest of their file: the same
+sample is not requested twice.
 """
 
 from __future__ import annotations
@@ -237,7 +238,7 @@ def _decompressed(remote: RangedFile, data: bytes, name: str) -> tuple[bytes, in
                 return bytes(text), len(data), True
             text += chunk
     except (EOFError, OSError, zlib.error) as error:
-        # The beginning of a file is cut within a block, of at most 128 KiB of text in Zstandard; what came before is good.
+        # The beginning of a file is cut within a block (Zstandard: 128 KiB of text); what came before is good.
         if not text:
             raise AtomError(f"{remote.title}: {error}; it is not compressed as its name says") from None
         return bytes(text), len(data), False

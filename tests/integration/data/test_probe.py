@@ -18,7 +18,7 @@ from starlette.responses import JSONResponse, Response
 from pipeline.core.errors import AtomError
 from pipeline.graph import recipe as recipes
 from pipeline.hub import client
-from release.source_report.report import write_page
+from release.commands import pinning as command
 from release.web_page import page
 from stages.data import pinning
 from stages.data.acquire import hub_files, hub_samples
@@ -173,7 +173,7 @@ def test_a_second_pin_requests_no_sample_again(hub: Hub, tmp_path: Path) -> None
     assert recipes.lock_of(path).read_bytes() == before
 
 
-def test_one_source_that_fails_leaves_the_others(hub: Hub, tmp_path: Path) -> None:
+def test_one_source_that_fails_leaves_the_others(hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Vanished, gated, not what its name says, and without the column: each has a sentence, and what was learnt stays."""
     hub.add("local/web", {"a.json.gz": gz(pages(0))})
     hub.add("local/hostile", {"a.json.gz": b"<html>not found</html>" * 1000, "b.json.gz": gz(pages(1))})
@@ -194,7 +194,7 @@ def test_one_source_that_fails_leaves_the_others(hub: Hub, tmp_path: Path) -> No
 
     assert "source vanished: local/vanished@main: http" in failure and "has no such repository" in failure
     assert "source gated" in failure and "private or gated" in failure
-    assert "the other 1 of 5 sources are in mine.lock.yaml" in failure
+    assert failure.endswith("; 1 of 5 sources are in order")
     assert not probes["web"].problem and probes["web"].sampled_documents == 60
     # One of two files is good; of the other recipe's column, the fields are known.
     assert probes["hostile"].sampled_documents == 60
@@ -204,7 +204,11 @@ def test_one_source_that_fails_leaves_the_others(hub: Hub, tmp_path: Path) -> No
     assert list(probes["columns"].fields) == ["meta", "n", "text"]
 
     report = tmp_path / "report.html"
-    write_page(report, path, failure)
+    with pytest.raises(AtomError) as caught:
+        command.pin(str(path), report=report, as_json=True)
+    printed = json.loads(capsys.readouterr().out)
+    assert str(caught.value) == printed["failure"] == failure
+    assert [row["name"] for row in printed["sources"]] == ["columns", "hostile", "web"]
 
     html = report.read_text()
     assert page.runs_nothing(html) and "http-equiv" in html and html.count("<img") == 2
