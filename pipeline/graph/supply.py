@@ -42,8 +42,7 @@ class SourceSupply:
 
     def json(self) -> dict[str, Any]:
         # JSON has no infinity.
-        epochs = None if self.epochs is None or math.isinf(self.epochs) else round(self.epochs, 4)
-        return {**asdict(self), "asked": dict(self.asked), "epochs": epochs}
+        return {**asdict(self), "epochs": self.epochs if self.tokens else None}
 
 
 def origins(rows: Sequence[SourceSupply]) -> list[str]:
@@ -77,11 +76,6 @@ def unserved(rows: Sequence[SourceSupply]) -> list[str]:
     return sentences
 
 
-def unprobed(rows: Sequence[SourceSupply]) -> list[str]:
-    """Returns the names of the sources that were to be probed."""
-    return [row.source for row in rows if row.lacks_probe]
-
-
 def require_served(title: str, rows: Sequence[SourceSupply]) -> None:
     """Raises RecipeError if a source is read more often than the recipe takes."""
     if sentences := unserved(rows):
@@ -91,7 +85,7 @@ def require_served(title: str, rows: Sequence[SourceSupply]) -> None:
 
 def require_probed(title: str, rows: Sequence[SourceSupply]) -> None:
     """Raises RecipeError if a source was to be probed."""
-    if names := unprobed(rows):
+    if names := [row.source for row in rows if row.lacks_probe]:
         raise RecipeError(
             f"{title}: the supply of {', '.join(names)} is not probed, and training would be paid for on a guess; run "
             "`atom pin RECIPE`, or say in supply.acknowledged_unprobed why each may be taken without"

@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
-import io
 import json
 import os
 import time
@@ -361,11 +360,17 @@ class RemoteRepository:
         }
 
 
-class RangedFile(io.RawIOBase):
-    """A file of a repository, of which only those bytes are requested that are read.
+class RangedFile:
+    """A file of a dataset, of which only those bytes are requested that are read; pyarrow takes it for an open file.
 
     Reading raises AtomError: what `translate_errors` makes of an error, and one beyond the limits.
+
+    Attributes:
+        left: Bytes that may still be read.
+        title: The beginning of an error.
     """
+
+    closed = False
 
     def __init__(self, repo: str, commit: str, path: str, size: int, deadline: float, most_bytes: int) -> None:
         """Requests nothing yet.
@@ -382,12 +387,6 @@ class RangedFile(io.RawIOBase):
         self.deadline, self.left, self.position = deadline, most_bytes, 0
         self.title = f"reading {printable(path)} of {repo}@{commit[:12]}"
 
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         self.position = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self.position, os.SEEK_END: self.size}[whence]
         return self.position
@@ -395,20 +394,18 @@ class RangedFile(io.RawIOBase):
     def tell(self) -> int:
         return self.position
 
-    def readinto(self, buffer: Any) -> int:
-        end = min(self.position + len(buffer), self.size)
-        place = range(self.position, max(end, self.position))
-        if not place:
-            return 0
+    def read(self, count: int) -> bytes:
+        place = range(self.position, max(self.position, min(self.position + count, self.size)))
         self.left -= len(place)
         if self.left < 0:
             raise AtomError(f"{self.title}: a sample needs too many bytes of it; its rows are too long")
         if time.monotonic() > self.deadline:
             raise MachineError(f"{self.title}: no time is left; run the same command again to go on")
-        with translate_errors(self.title):
-            buffer[: len(place)] = api().read_range(self.repo, "dataset", self.commit, self.path, place, self.deadline)
         self.position = place.stop
-        return len(place)
+        with translate_errors(self.title):
+            return bytes(
+                api().read_range(self.repo, "dataset", self.commit, self.path, place, self.deadline) if place else b""
+            )
 
 
 def is_unsafe(path: str) -> bool:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,22 +45,15 @@ def write_page(path: Path, recipe: Path, failure: str) -> None:
     import jinja2
 
     loader = jinja2.FileSystemLoader([FOLDER, STYLE])
-    environment = jinja2.Environment(
-        loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
+    environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
     entries = hub_files.read(lock_of(recipe))
-    probes = {name: entry.probe for name, entry in entries.items() if entry.probe and entry.probe.sampled_documents}
-    details = [
-        {"name": name, "problem": entry.probe.problem, "tables": _tables(entry.probe)}
-        for name, entry in entries.items()
-        if entry.probe
-    ]
+    probes = {name: entry.probe for name, entry in entries.items() if entry.probe}
     page = environment.get_template("report.html.jinja").render(
         name=escaped(recipe.stem, 80),
         failure=failure,
         overview=_overview(entries),
-        pictures=_pictures(probes) if probes else [],
-        sources=details,
+        picture=_picture({name: probe for name, probe in probes.items() if probe.sampled_documents}),
+        probes={name: (probe.problem, _details(probe)) for name, probe in probes.items()},
     )
     try:
         atomic_files.write(path, page)
@@ -67,108 +61,80 @@ def write_page(path: Path, recipe: Path, failure: str) -> None:
         raise AtomError(f"{escaped(str(path), 200)} cannot be written ({error.strerror}); name another file") from None
 
 
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f} %"
-
-
-def _kept(probe: Probe) -> str:
-    """Returns the kept tokens with their interval."""
-    if probe.kept_low is None or probe.kept_high is None:
-        return f"{human(probe.kept_tokens)}, interval unknown"
-    low, high = (human(end / probe.bytes_per_token) for end in (probe.kept_low, probe.kept_high))
-    return f"{human(probe.kept_tokens)} ({low} to {high})"
-
-
 def _overview(entries: Mapping[str, LockedSource]) -> Markup:
+    """Returns the table with a row for each source."""
     head = ["source", "repository", "files", "bytes", "sample", "documents", "bytes of text", "kept", "tokens kept"]
     rows: list[list[str]] = [head]
     for name, entry in entries.items():
         files, probe = entry.rows(), entry.probe
         row = [name, f"{entry.repo}@{entry.revision[:12]}", f"{len(files):,}", human(sum(file.size for file in files))]
         if probe and probe.sampled_documents:
-            sample = f"{probe.sampled_documents:,} documents ({probe.sampled}: {probe.pieces})"
-            kept = _percent(probe.kept_bytes / probe.bytes) if probe.bytes else ""
-            row += [sample, human(probe.documents), human(probe.bytes), kept, _kept(probe)]
-        else:
-            row += ["none", "unknown", "unknown", "unknown", "unknown"]
-        rows.append(row)
+            low, high = (
+                "unknown" if end is None else human(end / probe.bytes_per_token)
+                for end in (probe.kept_low, probe.kept_high)
+            )
+            row += [f"{probe.sampled_documents:,} documents ({probe.sampled}: {probe.pieces})", human(probe.documents)]
+            row += [human(probe.bytes), f"{probe.kept_bytes / max(probe.bytes, 1):.1%}"]
+            row.append(f"{human(probe.kept_tokens)} ({low} to {high})")
+        rows.append(row + ["unknown"] * (len(head) - len(row)))
     return markdown_html.table(rows)
 
 
-def _tables(probe: Probe) -> list[tuple[str, Markup]]:
-    """Returns the titles and tables of one source, without empty ones."""
-    licenses = [
-        [row.string or "none", row.license or "unknown, removed", _percent(row.share)] for row in probe.licenses
-    ]
-    removed = [
-        [rule, f"{row.documents:,}", f"{_percent(row.low)} to {_percent(row.high)}"]
-        for rule, row in probe.removed.items()
-    ]
-    counts = [
-        ["secrets", f"{probe.secrets:,}"],
-        ["copies within the sample", f"{probe.duplicates:,}"],
-        *([f"copies of documents of {other}", f"{count:,}"] for other, count in probe.shared.items()),
-        *([f"kept bytes in documents of more than {n} tokens", _percent(s)] for n, s in probe.long_documents.items()),
-    ]
-    tables = {
-        "Licenses": [["as rows state it", "SPDX", "share of rows"], *licenses],
-        "Removed by rule": [["rule", "documents of the sample", "share of the source"], *removed],
-        "Languages": [["language", "share of bytes"], *([n, _percent(share)] for n, share in probe.languages.items())],
-        "Found in the sample": [["what", "how many"], *counts],
-        "Fields": [["field", "type"], *([name, kind] for name, kind in probe.fields.items())],
-    }
-    return [(title, markdown_html.table(rows)) for title, rows in tables.items() if len(rows) > 1]
+def _details(probe: Probe) -> Markup:
+    """Returns the table with all that is known of one source."""
+    rows = [["", "of", "figure"]]
+    for field, value in probe.model_dump(exclude={"settings", "problem"}).items():
+        entries = {"": value}
+        if isinstance(value, dict):
+            entries = value
+        elif field == "licenses":
+            entries = {row.string or "none": f"{row.license or 'removed'}: {row.share:.4g}" for row in probe.licenses}
+        for name, figure in entries.items():
+            text = ", ".join(f"{n} {x}" for n, x in figure.items()) if isinstance(figure, dict) else str(figure)
+            rows.append([field.replace("_", " "), str(name), text])
+    return markdown_html.table(rows)
 
 
-def _pictures(probes: Mapping[str, Probe]) -> list[Markup]:
-    names = list(probes)
-    size = (8.0, 1.6 + 0.28 * len(names))
-    captions: dict[str, Callable[[Figure], None]] = {
-        "What becomes of the documents of the samples": lambda figure: _draw_removals(figure, probes),
-        "Tokens of each source after curation, with intervals": lambda figure: _draw_tokens(figure, probes),
-    }
+def _picture(probes: Mapping[str, Probe]) -> Markup:
+    """Returns what becomes of the sampled documents, and the tokens that are kept; nothing without a sample."""
+    if not probes:
+        return Markup()
+
+    def paint(figure: Figure) -> None:
+        left, right = figure.subplots(1, 2, sharey=True)
+        _draw_removals(left, probes)
+        for number, probe in enumerate(probes.values()):
+            kept = max(probe.kept_tokens, 1)
+            ends = [
+                kept if end is None else max(end / probe.bytes_per_token, 1)
+                for end in (probe.kept_low, probe.kept_high)
+            ]
+            error = [[max(0.0, kept - ends[0])], [max(0.0, ends[1] - kept)]]
+            right.errorbar([kept], [number], xerr=error, color=plots.COLORS[0], **plots.POINTS)
+        right.set_xscale("log")
+        right.set_xlabel("tokens kept, with interval")
+        left.invert_yaxis()  # of both
+        figure.legend(loc="outside lower center", ncols=3, fontsize=7)
+
+    caption = "What becomes of the documents of the samples, and the tokens of each source after curation"
+    data = base64.b64encode(plots.png((9.0, 1.8 + 0.28 * len(probes)), paint)).decode()
     figure = Markup('<figure><img src="data:image/png;base64,{}" alt="{}"><figcaption>{}</figcaption></figure>')
-    return [
-        figure.format(base64.b64encode(plots.png(size, paint)).decode(), caption, caption)
-        for caption, paint in captions.items()
-    ]
+    return figure.format(data, caption, caption)
 
 
-def _draw_removals(figure: Figure, probes: Mapping[str, Probe]) -> None:
+def _draw_removals(axis: Any, probes: Mapping[str, Probe]) -> None:
     """Draws a bar for each source: the shares of documents that are kept, or removed by each rule."""
-    totals: dict[str, int] = {}
+    totals = Counter[str]()
     for probe in probes.values():
-        for rule, row in probe.removed.items():
-            totals[rule] = totals.get(rule, 0) + row.documents
-    shown = sorted(totals, key=lambda rule: (-totals[rule], rule))[:MOST_RULES]
-    shares: list[dict[str, float]] = []
-    for probe in probes.values():
-        removed = {rule: row.documents for rule, row in probe.removed.items()}
-        parts = {"kept": probe.kept_documents, **{rule: removed.pop(rule, 0) for rule in shown}}
-        parts["other rules"] = probe.sampled_documents - sum(parts.values())
-        shares.append({name: count / probe.sampled_documents for name, count in parts.items()})
-    axis: Any = figure.subplots()
-    left = [0.0] * len(shares)
-    for color, part in zip(plots.COLORS, shares[0], strict=False):
-        widths = [row[part] for row in shares]
+        totals.update({rule: row.documents for rule, row in probe.removed.items()})
+    rules = sorted(totals, key=lambda rule: (-totals[rule], rule))[:MOST_RULES]
+    left = [0.0] * len(probes)
+    for color, part in zip(plots.COLORS, ["kept", *rules, "other rules"], strict=False):
+        widths = []
+        for start, probe in zip(left, probes.values(), strict=True):
+            removed = {rule: row.documents for rule, row in probe.removed.items()}
+            count = probe.kept_documents if part == "kept" else removed.get(part, 0)
+            widths.append(1 - start if part == "other rules" else count / probe.sampled_documents)
         axis.barh(list(probes), widths, left=left, color=color, label=part)
         left = [start + width for start, width in zip(left, widths, strict=True)]
-    axis.invert_yaxis()
     axis.set_xlabel("share of sampled documents")
-    figure.legend(loc="outside lower center", ncols=3, fontsize=7)
-
-
-def _draw_tokens(figure: Figure, probes: Mapping[str, Probe]) -> None:
-    """Draws the kept tokens of each source, on a logarithmic axis."""
-    axis: Any = figure.subplots()
-    for number, probe in enumerate(probes.values()):
-        kept = max(probe.kept_tokens, 1)
-        low, high = (
-            kept if end is None else max(end / probe.bytes_per_token, 1) for end in (probe.kept_low, probe.kept_high)
-        )
-        error = [[max(0.0, kept - low)], [max(0.0, high - kept)]]
-        axis.errorbar([kept], [number], xerr=error, color=plots.COLORS[0], **plots.POINTS)
-    axis.set_yticks(range(len(probes)), list(probes))
-    axis.invert_yaxis()
-    axis.set_xscale("log")
-    axis.set_xlabel("tokens")

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from pipeline.core.errors import AtomError, MachineError, RecipeError
@@ -107,18 +108,30 @@ def pin(path: Path, sample: bool = True) -> Iterator[Pin]:
     entries = {source.name: known[source.name] for source in sources if source.name in known}
     stopped = threading.Event()
     client.load()  # imported once, before threads use it
-    with ThreadPoolExecutor(PARALLEL) as pool:
-        jobs = {pool.submit(_ask, recipe, source, sample, stopped): source for source in sources}
+    with TemporaryDirectory() as folder, ThreadPoolExecutor(PARALLEL) as pool:
+
+        def ask(source: SourceConfig) -> tuple[LockedSource, Sample | None]:
+            """Returns a source as the Hub has it now, and its sample; None if an earlier one will do."""
+            reader, earlier = source.reader, known.get(source.name)
+            assert isinstance(reader, Hub)
+            entry = hub_files.resolve(source.name, reader.repo, reader.revision, reader.pattern)
+            probe = earlier.probe if earlier and (earlier.repo, earlier.files) == (entry.repo, entry.files) else None
+            entry = entry.model_copy(update={"probe": probe})
+            if not sample or (probe and not probe.problem and probe.settings == source.probe_settings):
+                return entry, None
+            place = Path(folder, source.name)
+            place.mkdir()
+            label = f"probe/{recipe.name}/{source.name}"
+            return entry, hub_samples.fetch(source.name, entry, reader, label, place, stopped)
+
+        jobs = {pool.submit(ask, source): source for source in sources}
         try:
             for done, job in enumerate(as_completed(jobs), start=1):
                 source = jobs[job]
                 earlier = known.get(source.name)
                 try:
                     entry, pieces = job.result()
-                    if pieces is None:
-                        same = earlier and (earlier.repo, earlier.files) == (entry.repo, entry.files)
-                        entry = entry.model_copy(update={"probe": earlier.probe if earlier and same else None})
-                    else:
+                    if pieces is not None:
                         entry, hashes[source.name] = _probed(recipe, source, entry, pieces)
                 except AtomError as error:
                     failures[source.name] = error
@@ -135,20 +148,10 @@ def pin(path: Path, sample: bool = True) -> Iterator[Pin]:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
     if hashes:
-        hub_files.write(lock, {**entries, **dict(_with_shared(entries, hashes, [source.name for source in sources]))})
+        in_order = {source.name: entries[source.name] for source in sources if source.name in entries}
+        hub_files.write(lock, _with_shared(in_order, hashes))
     if failures:
         raise _joined([failures[source.name] for source in sources if source.name in failures], len(sources))
-
-
-def _ask(
-    recipe: DataRecipe, source: SourceConfig, sample: bool, stopped: threading.Event
-) -> tuple[LockedSource, Sample | None]:
-    """Returns a source as the Hub has it now, and its sample if one was asked for."""
-    reader = source.reader
-    assert isinstance(reader, Hub)
-    entry = hub_files.resolve(source.name, reader.repo, reader.revision, reader.pattern)
-    label = f"probe/{recipe.name}/{source.name}"
-    return entry, hub_samples.fetch(source.name, entry, reader, label, stopped) if sample else None
 
 
 def _probed(
@@ -163,20 +166,22 @@ def _probed(
     assert isinstance(source.reader, Hub)
     size = sum(file.size for file in entry.rows())
     measurement = Measurement(source, sample, size, recipe.curation.alarm_share)
-    probe = measurement.probe(source.probe_settings, source.reader.format)
+    probe, earlier = measurement.probe(source.probe_settings, source.reader.format), entry.probe
+    # A sample that was cut earlier than the one before says less.
+    if earlier and earlier.settings == probe.settings and earlier.sampled_documents > probe.sampled_documents:
+        probe = earlier.model_copy(update={"problem": probe.problem})
     return entry.model_copy(update={"probe": probe}), measurement.hashes
 
 
-def _with_shared(
-    entries: Mapping[str, LockedSource], hashes: Mapping[str, set[str]], names: list[str]
-) -> Iterator[tuple[str, LockedSource]]:
-    """Yields the probed entries with the documents that they share with earlier sources of the recipe."""
-    probed = [name for name in names if name in hashes]
-    for number, name in enumerate(probed):
-        probe = entries[name].probe
-        assert probe is not None
-        shared = {other: count for other in probed[:number] if (count := len(hashes[name] & hashes[other]))}
-        yield name, entries[name].model_copy(update={"probe": probe.model_copy(update={"shared": shared})})
+def _with_shared(entries: Mapping[str, LockedSource], hashes: Mapping[str, set[str]]) -> dict[str, LockedSource]:
+    """Returns the entries, those that were probed now with the documents that they share with ones before them."""
+    result, earlier = dict(entries), dict[str, set[str]]()
+    for name, entry in entries.items():
+        if name in hashes and entry.probe:
+            shared = {other: count for other in earlier if (count := len(hashes[name] & earlier[other]))}
+            result[name] = entry.model_copy(update={"probe": entry.probe.model_copy(update={"shared": shared})})
+            earlier[name] = hashes[name]
+    return result
 
 
 def _joined(failures: list[AtomError], sources: int) -> AtomError:

@@ -142,7 +142,7 @@ class Measurement:
         """Adds a sentence if no row states a license, or if none that a file states is known."""
         name, reader = self.source.name, self.source.reader
         assert isinstance(reader, RowReader)
-        stated = {each.piece.file: [key for key in each.licenses if key[0]] for each in self.counts}
+        stated = {each.piece.path: [key for key in each.licenses if key[0]] for each in self.counts}
         if reader.license_field is None or not self.counts:
             return
         if not any(stated.values()):
@@ -152,13 +152,17 @@ class Measurement:
                 "reader.license_field"
             )
             return
-        # A file whose strings are all unknown, while others have known ones, is spelled in another way.
-        unknown = {file: keys for file, keys in stated.items() if keys and not any(license for _, license in keys)}
-        for file, keys in list(unknown.items())[:1]:
+        # A piece whose strings are all unknown is spelled in another way; of few rows, it may be chance.
+        unknown = [
+            each
+            for each in self.counts
+            if each.rows >= MIN_DOCUMENTS and each.licenses and not any(license for _, license in each.licenses)
+        ]
+        if unknown and (strings := stated[unknown[0].piece.path]):
             others = "nor is any other" if len(unknown) == len(stated) else "those of other files are"
             self.problems.append(
-                f"source {name}: no license string of {escaped(file, 200)} is known, such as {keys[0][0]!r}, and "
-                f"{others}; add them to reader.license_strings"
+                f"source {name}: no license string of {escaped(unknown[0].piece.file, 200)} is known, such as "
+                f"{strings[0][0]!r}, and {others}; add them to reader.license_strings"
             )
 
     def _judge_removals(self, alarm_share: float) -> None:

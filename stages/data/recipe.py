@@ -76,11 +76,11 @@ class SourceConfig(Source):
 
     @property
     def probe_settings(self) -> str:
-        """The digest of what decides on the documents that a sample keeps."""
+        """The digest of what decides on the documents that a sample keeps, and on what is said of them."""
         names = "kind license document_license license_allow reader steps"
         fields = {name: value for name, value in identity(self).items() if name in names.split()}
-        versions = acquire_stage.VERSION, filter_stage.VERSION
-        return f"sha256:{sha256_bytes(canonical([*versions, fields, self.bytes_per_token]))}"
+        others = self.bytes_per_token, self.acknowledged_removals, acquire_stage.VERSION, filter_stage.VERSION
+        return f"sha256:{sha256_bytes(canonical([fields, *others]))}"
 
     @property
     def probe(self) -> Probe | None:

@@ -26,9 +26,9 @@ class SupplySection(Config):
     max_epochs: Epochs = 4.0
     """epochs of a source over all phases beyond which `atom plan` and `atom submit` refuse the recipe: up to four cost
     next to nothing, and later ones give less and less (Muennighoff et al., 2023, arXiv:2305.16264)"""
-    acknowledged_epochs: dict[SourceName, Epochs] = Field({}, max_length=MOST_SOURCES)
+    acknowledged_epochs: dict[SourceName, Epochs] = Field(default={}, max_length=MOST_SOURCES)
     """by source, a larger number of epochs that is meant"""
-    acknowledged_unprobed: dict[SourceName, Line] = Field({}, max_length=MOST_SOURCES)
+    acknowledged_unprobed: dict[SourceName, Line] = Field(default={}, max_length=MOST_SOURCES)
     """by source of the Hub, why `atom submit` may take its supply without a probe"""
 
 

@@ -13,11 +13,12 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import lru_cache
 from pathlib import Path
+from textwrap import indent
 from typing import Annotated
 
 from pydantic import Field, ValidationError
@@ -167,7 +168,9 @@ def write(path: Path, sources: Mapping[str, LockedSource]) -> None:
             for field, value in source.model_dump(exclude={"files", "probe"}).items()
         ]
         if source.probe:
-            text += ["    probe:\n", *_probe_lines(source.probe)]
+            # JSON is YAML, and quotes what YAML would take for something else than text.
+            probe = json.dumps(source.probe.model_dump(exclude_defaults=True), ensure_ascii=False, indent=2)
+            text.append(f"    probe: {indent(probe, '      ').lstrip()}\n")
         # A line for each file, so that a diff shows which files another revision has changed.
         text += ["    files: |\n", *(f"      {line}\n" for line in source.files.splitlines())]
     try:
@@ -177,24 +180,6 @@ def write(path: Path, sources: Mapping[str, LockedSource]) -> None:
             f"{escaped(str(path), 200)} cannot be written ({error.strerror}); copy the data recipe to a folder of "
             "yours, and name it by its path"
         ) from None
-
-
-def _probe_lines(probe: Probe) -> Iterator[str]:
-    """Yields the lines of a probe: one for each figure, and one for each row of its tables."""
-    for field, value in probe.model_dump(mode="json", exclude_defaults=True).items():
-        # JSON is YAML, and quotes what YAML would take for something else than text.
-        if isinstance(value, dict):
-            yield f"      {field}:\n"
-            yield from (f"        {_json(key)}: {_json(row)}\n" for key, row in value.items())
-        elif isinstance(value, list):
-            yield f"      {field}:\n"
-            yield from (f"        - {_json(row)}\n" for row in value)
-        else:
-            yield f"      {field}: {_json(value)}\n"
-
-
-def _json(value: object) -> str:
-    return json.dumps(value, ensure_ascii=False)
 
 
 def resolve(name: str, repo: str, revision: str, pattern: str) -> LockedSource:

@@ -80,15 +80,15 @@ class Probe(Config):
     """sampled documents that were removed for a secret"""
     duplicates: Count = 0
     """sampled documents that are copies of earlier ones of the sample; more of the source are"""
-    fields: dict[Name, Name] = Field({}, max_length=200)
+    fields: dict[Name, Name] = Field(default={}, max_length=200)
     """type of each field of the rows; several where files differ"""
     licenses: tuple[LicenseString, ...] = ()
     """most frequent license strings of the sample"""
-    languages: dict[Name, Portion] = Field({}, max_length=LISTED)
+    languages: dict[Name, Portion] = Field(default={}, max_length=LISTED)
     """share of the sampled bytes by most probable language of lid.176; none of code"""
-    removed: dict[Name, RuleShare] = Field({}, max_length=LISTED)
+    removed: dict[Name, RuleShare] = Field(default={}, max_length=LISTED)
     """removed documents by rule, the most frequent rules"""
-    long_documents: dict[Name, Portion] = Field({}, max_length=LISTED)
+    long_documents: dict[Name, Portion] = Field(default={}, max_length=LISTED)
     """share of the kept bytes in documents of more tokens than the key"""
-    shared: dict[SourceName, Count] = Field({}, max_length=MOST_SOURCES)
+    shared: dict[SourceName, Count] = Field(default={}, max_length=MOST_SOURCES)
     """kept documents of the sample that the sample of an earlier source has as well; more of the sources are"""
