@@ -120,7 +120,7 @@ def test_figures_of_a_sample_are_those_of_the_source(hub: Hub, tmp_path: Path) -
 
     # What filter would stop at, `pin` says.
     _, failure = probed(recipe(tmp_path, web | {"acknowledged_removals": {"license": 0.6}}))
-    assert failure.startswith("source web: license removes 120 of 180 documents of the sample, a larger share than 0.6")
+    assert failure.startswith("source web: license removes 120 of 180 documents, a larger share than 0.6")
     probed(path := recipe(tmp_path, web, stored))
 
     loaded = {each.name: each for each in load(path).resolved().sources}
