@@ -56,6 +56,7 @@ def _supply(section: SupplySection, source: SourceConfig, heldout: float, asked:
         assert isinstance(source.reader, Hub)
         tokens, basis = probe.kept_tokens * (1 - heldout), "probed"
         where = f"{probe.sampled_documents:,} documents of {source.reader.repo} ({probe.sampled}: {probe.pieces})"
+        where += f", with a problem: {probe.problem}" if probe.problem else ""
     elif source.supply is not None:
         tokens, basis, where = source.supply.tokens * (1 - heldout), "stated", source.supply.where
     can_probe = isinstance(source.reader, Hub) and source.name not in section.acknowledged_unprobed

@@ -12,9 +12,12 @@ from __future__ import annotations
 
 import gzip
 import io
+import json
 import threading
 import time
 import zlib
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -71,10 +74,10 @@ class Sample:
     fields: dict[str, set[str]] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
 
-    def add_fields(self, schema: Any) -> None:
-        """Notes the fields of an Arrow schema."""
-        for column in schema:
-            self.fields.setdefault(escaped(column.name, 100), set()).add(escaped(str(column.type), 100))
+    def add_fields(self, kinds: Mapping[str, str]) -> None:
+        """Notes the types of fields by their names."""
+        for name, kind in kinds.items():
+            self.fields.setdefault(escaped(name, 100), set()).add(escaped(kind, 100))
 
 
 def fetch(source: str, locked: LockedSource, reader: Hub, label: str, folder: Path, stopped: threading.Event) -> Sample:
@@ -118,7 +121,7 @@ def _read_row_groups(remote: RangedFile, reader: Hub, label: str, count: int, pl
         # With a buffer, a column is requested as far as its rows are read.
         parquet = pq.ParquetFile(remote, buffer_size=BUFFER, pre_buffer=False)
         # Also of a file that lacks a column, whose sentence follows.
-        sample.add_fields(parquet.schema_arrow)
+        sample.add_fields({column.name: str(column.type) for column in parquet.schema_arrow})
         columns = columns_to_read(remote.title, parquet.schema_arrow, reader.columns)
         groups = {n: parquet.metadata.row_group(n) for n in range(parquet.num_row_groups)}
         total = sum(group.total_byte_size for group in groups.values())
@@ -143,9 +146,6 @@ def _read_row_groups(remote: RangedFile, reader: Hub, label: str, count: int, pl
 
 def _read_head(remote: RangedFile, place: Path, sample: Sample) -> None:
     """Adds the first lines of a file to a sample, of which there is at least one."""
-    import pyarrow as pa
-    from pyarrow import json
-
     data, text, whole, end = b"", b"", False, 0
     while not whole and not end:
         wanted = min(max(HEAD_BYTES, 8 * len(data)), MOST_BYTES, remote.size)
@@ -161,12 +161,15 @@ def _read_head(remote: RangedFile, place: Path, sample: Sample) -> None:
     if end > PIECE_BYTES:
         lines = lines[: max(lines.rfind(b"\n", 0, PIECE_BYTES), lines.find(b"\n")) + 1] or lines
     path.write_bytes(lines)
-    try:
-        # The first row alone, since Arrow refuses rows of different types.
-        sample.add_fields(json.read_json(io.BytesIO(lines.partition(b"\n")[0])).schema)
-    except pa.ArrowException as error:
-        raise AtomError(f"{remote.title}: its first line is no JSON object ({error})") from None
+    # A first row that is no object, the reader counts as failed.
+    with suppress(ValueError, RecursionError, AttributeError):
+        sample.add_fields({name: _kind(value) for name, value in json.loads(lines.partition(b"\n")[0]).items()})
     sample.pieces.append(Piece(remote.path, path, rows, consumed * end / max(len(text), 1)))
+
+
+def _kind(value: object) -> str:
+    """Returns the type of a value of JSON."""
+    return f"object of {', '.join(value)}" if isinstance(value, dict) else type(value).__name__
 
 
 def _decompressed(remote: RangedFile, data: bytes) -> tuple[bytes, int, bool]:
