@@ -94,7 +94,11 @@ def test_a_probe_goes_before_what_is_stated(tmp_path: Path, monkeypatch: pytest.
             "pieces": 2,
             "sampled_documents": 7,
         }
-        probe = Probe(**fields | {"kept_tokens": tokens, "documents": 9, "bytes": 70} | changes)
+        probe = Probe(
+            **fields
+            | {"kept_tokens": tokens, "documents": 9, "bytes": 70, "sampled_documents": 7, "bytes_per_token": 4.0}
+            | changes
+        )
         locked = LockedSource(
             repo="a/b", requested="main", revision="1" * 40, pattern="*.gz", probe=probe,
             files=f"sha256:{'a' * 64} 5 x.gz\n",

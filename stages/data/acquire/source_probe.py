@@ -54,6 +54,8 @@ class Probe(Config):
     """heads: the beginnings of files, which are compressed as a whole; row groups: first rows of random row groups"""
     pieces: Count
     """heads or row groups that were read"""
+    bytes_per_token: BytesPerToken
+    """bytes of text in a token, by `bytes_per_token` of the source in the data recipe"""
     problem: Annotated[str, Words(1000, empty=True)] = ""
     """why the sample is no more, or the source cannot be used as it is; empty: nothing is wrong"""
     sampled_documents: Count = 0
@@ -72,8 +74,6 @@ class Probe(Config):
     """lower end of its interval; null: unknown, as all of the sample is from one place"""
     kept_high: Count | None = None
     """upper end"""
-    bytes_per_token: BytesPerToken = 4.0
-    """`bytes_per_token` of the source in the data recipe"""
     kept_tokens: Count = 0
     """kept_bytes divided by bytes_per_token"""
     secrets: Count = 0
