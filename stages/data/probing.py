@@ -26,7 +26,7 @@ from stages.data.acquire.readers.base import (
     Unreadable,
 )
 from stages.data.acquire.readers.row_files import Row, RowReader, field_at, in_words
-from stages.data.acquire.source_probe import LISTED, LONG, LicenseString, Probe, RuleShare
+from stages.data.acquire.source_probe import LISTED, LONG, MOST, LicenseString, Probe, RuleShare
 from stages.data.curate.alarms import MIN_DOCUMENTS, filter_losses, require_acknowledged
 from stages.data.curate.decontamination import ContaminationIndex
 from stages.data.curate.filters.own import most_probable
@@ -102,7 +102,7 @@ class Measurement:
             counts.sums["rows"] += 1
             if reader.license_field and isinstance(row, Row) and len(counts.licenses) < MOST_STRINGS:
                 stated = field_at(row.fields, reader.license_field)
-                counts.licenses[escaped(in_words(stated), 200), licenses.expression(stated) or ""] += 1
+                counts.licenses[_bounded(in_words(stated)), licenses.expression(stated) or ""] += 1
         for document in reader.documents(source.name, 0, files):
             if isinstance(document, Unreadable):
                 continue
@@ -176,7 +176,7 @@ class Measurement:
             settings=settings,
             sampled="row groups" if sampled == "parquet" else "heads",
             pieces=len(self.counts),
-            problem=escaped("; ".join(self.problems[:3]), 1000),
+            problem=_bounded("; ".join(self.problems[:3]), 1000),
             sampled_documents=documents,
             sampled_bytes=self._sum("bytes"),
             kept_documents=len(self.hashes),
@@ -184,18 +184,21 @@ class Measurement:
             bytes=round(self._estimate("bytes")[0]),
             kept_bytes=round(kept),
             kept_low=None if half is None else max(0, round(kept - half)),
-            kept_high=None if half is None else round(kept + half),
+            kept_high=None if half is None else round(min(kept + half, MOST)),
             bytes_per_token=tokens,
             kept_tokens=round(kept / tokens),
             secrets=sum(count for rule, count in removed.items() if rule.startswith(f"{SECRETS}/")),
             duplicates=removed[DUPLICATE],
-            fields={name: "|".join(sorted(kinds)) for name, kinds in sorted(self.sample.fields.items())[:MOST_FIELDS]},
+            fields={
+                _bounded(name): _bounded("|".join(sorted(kinds)))
+                for name, kinds in sorted(self.sample.fields.items())[:MOST_FIELDS]
+            },
             licenses=tuple(
                 LicenseString(string=string, license=license, share=round(count / licenses.total(), 6))
                 for (string, license), count in _frequent(licenses)
             ),
             languages=_shares(self.languages, self.languages.total()),
-            removed={rule: self._rule_share(rule, count, documents) for rule, count in _frequent(removed)},
+            removed={_bounded(rule): self._rule_share(rule, count, documents) for rule, count in _frequent(removed)},
             long_documents=_shares(self.long, self._sum("kept_bytes")),
         )
 
@@ -212,7 +215,8 @@ class Measurement:
         if not pairs:
             return 0.0, 0.0
         scale = self.total_bytes / sum(size for _, size in pairs)
-        estimate = scale * math.fsum(value for value, _ in pairs)
+        # A Hub may state any size, and a file decompress to any.
+        estimate = min(scale * math.fsum(value for value, _ in pairs), MOST)
         read = sum(each.piece.bytes * each.sums["rows"] / max(each.piece.rows, 1) for each in self.counts)
         unread = max(0.0, 1 - read / self.total_bytes)
         # Rounding to whole bytes leaves a little.
@@ -230,6 +234,11 @@ class Measurement:
             half = Z95 * root_of_squares(work_deviations(pairs).values()) / documents
             low, high = min(low, max(0.0, count / documents - half)), max(high, min(1.0, count / documents + half))
         return RuleShare(documents=count, low=round(low, 6), high=round(high, 6))
+
+
+def _bounded(text: str, longest: int = 200) -> str:
+    """Returns a text of a stranger in one line; escaped twice, since an escape is longer than what it stands for."""
+    return escaped(escaped(text, longest), longest)
 
 
 def _frequent(counts: Counter[Any]) -> list[tuple[Any, int]]:

@@ -94,7 +94,7 @@ class SourceConfig(Source):
         """The source with the size that a probe says it has."""
         if (probe := self.probe) is None or not probe.documents or not probe.bytes:
             return self
-        return self.model_copy(update={"expected": Size(documents=probe.documents, bytes=probe.bytes)})
+        return self.model_copy(update={"expected": Size(documents=min(probe.documents, 10**13), bytes=probe.bytes)})
 
     @model_validator(mode="after")
     def _check_license_allow(self) -> SourceConfig:

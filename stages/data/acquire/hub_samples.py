@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.core.errors import AtomError, MachineError
-from pipeline.core.text import escaped
 from pipeline.hub.client import RangedFile
 from stages.data.acquire.hub_files import LockedSource
 from stages.data.acquire.readers.hub import Hub
@@ -77,7 +76,7 @@ class Sample:
     def add_fields(self, kinds: Mapping[str, str]) -> None:
         """Notes the types of fields by their names."""
         for name, kind in kinds.items():
-            self.fields.setdefault(escaped(name, 100), set()).add(escaped(kind, 100))
+            self.fields.setdefault(name[:1000], set()).add(kind[:1000])
 
 
 def fetch(source: str, locked: LockedSource, reader: Hub, label: str, folder: Path, stopped: threading.Event) -> Sample:

@@ -13,7 +13,9 @@ from pydantic import Field
 from pipeline.core.bounds import MOST_SOURCES, Range, Sha256, SourceName, Words
 from pipeline.core.stage import Config
 
-Count = Annotated[int, Range(0, 1e17)]
+# Documents or bytes of a source.
+MOST = 1e17
+Count = Annotated[int, Range(0, MOST)]
 Portion = Annotated[float, Range(0, 1)]
 BytesPerToken = Annotated[float, Range(0.5, 100, "English prose by 50,000 entries or more: 4 to 5")]
 Name = Annotated[str, Words(200, empty=True)]

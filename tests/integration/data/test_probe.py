@@ -217,12 +217,16 @@ def test_one_source_that_fails_leaves_the_others(hub: Hub, tmp_path: Path, capsy
 
 
 def test_licenses_that_are_missing_or_change_between_files(hub: Hub, tmp_path: Path) -> None:
+    turned = [{"\u202e" * 300: 1, "\ud800": "\0"} | row | {"meta": {"license": "\u202e" * 300}} for row in pages(3)]
     hub.add("local/none", {"a.json.gz": gz(pages(0))})
+    hub.add("local/turned", {"a.json.gz": gz(turned)})
     hub.add("local/mixed", {"a.json.gz": gz(pages(0)), "b.json.gz": gz(pages(1, license="Creative Commons Zero"))})
     path = recipe(tmp_path, source("none", license_field="terms"), source("mixed", license_field="meta.license"))
 
     probes, failure = probed(path)
+    odd, said = probed(recipe(tmp_path, source("turned", license_field="meta.license")))
 
+    assert odd["turned"].licenses[0].string == ("\\u202e" * 200)[:199] + "…" and said.isprintable()
     assert "source none: no sampled row states a license in terms (fields: " in failure
     assert probes["none"].removed["license/unmapped"].documents == 60 and probes["none"].kept_tokens == 0
     assert "source mixed: no license string of b.json.gz is known, such as 'Creative Commons Zero'" in failure
