@@ -1,4 +1,4 @@
-"""Commands that need no run: `simulate-precision` and `pin`."""
+"""The command that needs no run of a recipe: `simulate-precision`."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline.graph.recipe import lock_of
-from pipeline.operations.command_options import DATA, JsonOption, RecipeArgument, open_store
+from pipeline.operations.command_options import JsonOption, RecipeArgument, open_store
 
 app = typer.Typer()
 
@@ -52,30 +51,3 @@ def simulate_precision(
     print(json.dumps(report, indent=1, sort_keys=True) if as_json else f"{table(report)}\n{path}")
     if report["verdict"] != "holds":
         raise typer.Exit(1)
-
-
-@app.command(rich_help_panel=DATA)
-def pin(
-    recipe: Annotated[
-        str, typer.Argument(help="name of a packaged recipe or data recipe, or path to the YAML file of either")
-    ],
-    as_json: JsonOption = False,
-) -> None:
-    """Pin a data recipe's sources on the Hub.
-
-    The Hub at HF_ENDPOINT is asked for the commit of each source's revision, and for the size and digest of each file
-    that matches its pattern. They are written to NAME.lock.yaml beside the data recipe NAME.yaml. No file is pulled.
-    HF_TOKEN, or the token of `hf auth login`, is used for private and gated datasets.
-
-    Example: atom pin open
-    """
-    from stages.data import pinning
-
-    pins = []
-    path = pinning.data_recipe(recipe)
-    for row in pinning.pin(path):
-        pins.append(row.json())
-        if not as_json:
-            print(row)
-    lock = lock_of(path)
-    print(json.dumps({"lock": str(lock), "sources": pins}, indent=1) if as_json else f"written to {lock}")

@@ -14,8 +14,10 @@ from pipeline.core.text import escaped
 from pipeline.graph import dag
 from pipeline.graph.dag import Checkpoint, Graph, build_graph, names_in_words, require_same_beginning
 from pipeline.graph.recipe import Recipe
+from pipeline.graph.supply import SourceSupply
 from stages.data.recipe import DataRecipe, extension_modules
 from stages.data.recipe import loads as load_data_recipe
+from stages.data.supply import supplies
 from stages.evaluation.settings import (
     Measured,
     baselines_node,
@@ -51,6 +53,7 @@ __all__ = [
     "load_data_recipe",
     "problems",
     "start_from",
+    "supply",
 ]
 
 RECIPE, DATA_RECIPE = ReleaseRecipe, DataRecipe
@@ -214,6 +217,13 @@ def _continued_checkpoints(phases: Sequence[TextPhase], title: str, store: Store
     }
 
 
+def supply(recipe: Recipe) -> tuple[SourceSupply, ...]:
+    """Returns the supply of each source of a recipe that a phase reads."""
+    config, data = recipe.config, recipe.data
+    assert isinstance(config, ReleaseRecipe) and isinstance(data, DataRecipe)
+    return supplies(config.supply, data, config.asked_tokens())
+
+
 def problems(recipe: Recipe) -> Iterator[str]:
     """Yields a sentence for each contradiction between the sections of a recipe, or with its data recipe."""
     config, data = recipe.config, recipe.data
@@ -245,6 +255,8 @@ def _problems_of_mixes(config: ReleaseRecipe, data: DataRecipe) -> Iterator[str]
         **mixes,
         "release.maker.sources": config.release.maker.sources,
         "release.by_reference": config.release.by_reference,
+        "supply.acknowledged_epochs": config.supply.acknowledged_epochs,
+        "supply.acknowledged_unprobed": config.supply.acknowledged_unprobed,
     }
     for where, sources in named_sources.items():
         for source in sources:

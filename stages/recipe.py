@@ -26,8 +26,9 @@ from pipeline.core.bounds import (
     Text,
     Words,
 )
-from pipeline.core.stage import Config, added
+from pipeline.core.stage import Config, added, operational
 from pipeline.graph.recipe import Identity
+from stages.data.supply import SupplySection
 from stages.evaluation.settings import WAIVABLE_GATES, EvaluationSection
 from stages.export.variants.registry import VARIANTS, VariantName
 from stages.formats.tokenizer import TokenizerSection
@@ -195,6 +196,8 @@ class ReleaseRecipe(Identity):
     """measurements after each phase, and thresholds of the release gates"""
     sizes: Sizes = added(())
     """smaller models of the recipe, pre-trained on the same rows and published beside its model"""
+    supply: SupplySection = operational(SupplySection())
+    """how often sources may be read, and which are taken without a probe"""
     release: ReleaseSection
     """metadata of the model and dataset cards"""
 
@@ -264,3 +267,15 @@ class ReleaseRecipe(Identity):
         """The mixes of earlier data that phases of post-training replay, by their location in the recipe."""
         phases = {"rlvr": self.rlvr, "online_rlhf": self.online_rlhf}
         return {f"{where}.replay": phase.replay.mix for where, phase in phases.items() if phase and phase.replay}
+
+    def asked_tokens(self) -> dict[str, dict[str, float]]:
+        """The tokens that phases read of each source, by phase: those on text, and earlier data that others replay."""
+        asked = {}
+        for phase in self.text_phases:
+            tokens, mix = phase.config.tokens(), phase.config.mix
+            asked[phase.node] = {source: share * tokens for source, share in mix.items()}
+        for name, section in {"rlvr": self.rlvr, "online-rlhf": self.online_rlhf}.items():
+            if section and (replay := section.replay):
+                tokens = section.steps * replay.rows * replay.sequence_length
+                asked[name] = {source: share * tokens for source, share in replay.mix.items()}
+        return asked

@@ -133,12 +133,16 @@ def plan(
     With --simulate, the engine of that rank is built at full size and walks through training steps on this machine,
     without the memory that they need: its parameters, peak memory and collectives are shown beside the estimate.
 
-    Exit code 2 says that the Hub would not take a file or a folder of the release.
+    A further table compares the tokens of each source with those that the phases ask for. Supply is what `atom pin` has
+    probed, or what the data recipe states, or unknown.
+
+    Exit code 2 says that a source would be read more often than the recipe takes, or that the Hub would not take a file
+    or a folder of the release.
 
     Example: atom plan atom-tiny --cluster h100-pyxis
     """
-    from pipeline.cli.tables import cost_table, phases_table, plan_table, simulation_table
-    from pipeline.graph import budget, dag, plan
+    from pipeline.cli.tables import cost_table, phases_table, plan_table, simulation_table, supply_table
+    from pipeline.graph import budget, dag, plan, supply
     from pipeline.launch import cluster_profile
     from pipeline.operations import fit
     from pipeline.operations.fit import estimate_costs
@@ -155,6 +159,7 @@ def plan(
         spent = budget.used(store, (node.key for node in composed.nodes.values()))
         beyond = budget.foreseen(budget.limits_of(identity), spent, costs.hours)
     simulations = {} if simulate is None else plan.simulations(composed, rows, simulate)
+    supplies = dag.supply(composed) if any(row.trains for row in rows) else ()
     if as_json:
         body: dict[str, Any] = {
             "recipe": identity.name,
@@ -166,10 +171,12 @@ def plan(
             stage |= {"fits": not stage_fit.reasons, "reasons": list(stage_fit.reasons)}
         if simulations:
             body["simulations"] = {name: asdict(result) for name, result in simulations.items()}
+        body["supply"] = [row.json() for row in supplies]
         body["unpublishable"] = fit.unpublishable(rows)
         print(json.dumps(body if costs is None else {**body, "cluster": {**costs.json(), "beyond": beyond}}, indent=1))
         # Errors come last, so that the plan is printed all the same.
         fit.require_publishable(rows)
+        supply.require_served(composed.recipe.title, supplies)
         return
     for text in composed.absent:
         print(text)
@@ -177,6 +184,11 @@ def plan(
     if phases := phases_table(rows):
         console().print()
         console().print(phases)
+    if supplies:
+        console().print()
+        console().print(supply_table(supplies))
+        for text in supply.origins(supplies):
+            print(_wrapped(text))
     if costs:
         console().print()
         console().print(cost_table(costs))
@@ -191,6 +203,7 @@ def plan(
     for text in plan.remarks(rows):
         print(_wrapped(text))
     fit.require_publishable(rows)
+    supply.require_served(composed.recipe.title, supplies)
 
 
 def _wrapped(text: str) -> str:
@@ -235,11 +248,12 @@ def submit(
     preemption and dead nodes.
 
     A stage that needs more memory, time or space than the cluster profile states is refused, as `atom plan --cluster`
-    shows it.
+    shows it. So is training on a source that would be read too often, or whose supply `atom pin` has not probed.
 
     Example: atom submit atom-tiny --cluster cluster.yaml
     """
     from pipeline.cli import execution
+    from pipeline.graph import dag, supply
     from pipeline.launch import cluster_profile, slurm
     from pipeline.operations import fit
 
@@ -249,6 +263,13 @@ def submit(
         print(f"note: {text}", file=sys.stderr)
     if not ignore_fit:
         fit.require(composed, store, selected, settings)
+    # What is trained already has been read, and its order has the real epochs.
+    nodes = [composed.nodes[name] for name in selected]
+    if any(node.stage.trains and not store.sealed(node.key) for node in nodes):
+        supplies = dag.supply(composed)
+        supply.require_served(composed.recipe.title, supplies)
+        if not dry_run:
+            supply.require_probed(composed.recipe.title, supplies)
     if dry_run:
         checks = slurm.dry_run(composed, store, selected, settings)
         if as_json:

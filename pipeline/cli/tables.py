@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
@@ -15,6 +16,7 @@ from pipeline.core.text import escaped
 from pipeline.graph import budget
 from pipeline.graph.flat_fields import estimates
 from pipeline.graph.plan import StagePlan, timed
+from pipeline.graph.supply import SourceSupply
 from pipeline.operations.comparison import Difference, Measured, differing_settings
 from pipeline.operations.fit import CostEstimate
 from pipeline.operations.run_actions import RunRow
@@ -125,6 +127,24 @@ def phases_table(rows: list[StagePlan]) -> Table | None:
         "batch, row: tokens; state, activations, both: bytes of the fullest rank, host: of its copy in host memory; "
         "checkpoints: sealed ones;\ndata: token shards, and the order with one document a row"
     )
+    return result
+
+
+def supply_table(rows: Sequence[SourceSupply]) -> Table:
+    """Returns the tokens of each source, and those that each phase asks of it, with the epochs that these are."""
+    phases = list(dict.fromkeys(phase for row in rows for phase in row.asked))
+    figures = ("supply", "basis", *phases, "epochs", "allowed")
+    result = table(
+        "source", *figures, right=len(figures), caption="supply: tokens after curation; of a phase: tokens and epochs"
+    )
+    for row in rows:
+        cells = []
+        for phase in phases:
+            asked = row.asked.get(phase)
+            epochs = None if asked is None else row.epochs_of(asked)
+            cells.append(_cell(asked) + ("" if epochs is None else f" {epochs:.2f}"))
+        total = "" if row.epochs is None else f"{row.epochs:.2f}"
+        result.add_row(row.source, _cell(row.tokens), row.basis, *cells, total, f"{row.most_epochs:g}")
     return result
 
 

@@ -57,10 +57,10 @@ def read_trusted(path: Path) -> Any:
     return yaml.load(path.read_bytes(), _PARSER)
 
 
-def parse_yaml(data: bytes, title: str) -> dict[str, Any]:
+def parse_yaml(data: bytes, title: str, most_values: int = MOST_VALUES) -> dict[str, Any]:
     """Returns the mapping in a YAML file. Raises RecipeError with the line if it is not YAML, or not a mapping."""
     try:
-        document = _document(yaml.parse(_decode(data), _PARSER))
+        document = _document(yaml.parse(_decode(data), _PARSER), most_values)
     except _Refused as error:
         raise RecipeError(f"{title}: line {error.line} {error.text}") from None
     except yaml.MarkedYAMLError as error:
@@ -123,7 +123,7 @@ def _require_printable(text: str, line: int) -> None:
         raise _Refused(line, f"holds the character U+{ord(character):04X}, which cannot be seen; remove it")
 
 
-def _document(events: Iterator[Any]) -> Any:
+def _document(events: Iterator[Any], most_values: int) -> Any:
     """Returns the one document that the events of a parser describe; None if there is none."""
     value, has_begun = None, False
     for event in events:
@@ -134,8 +134,8 @@ def _document(events: Iterator[Any]) -> Any:
             value, has_begun = _value(next(events), events, 0, {}), True
     values = [value]
     for count, each in enumerate(values):
-        if count == MOST_VALUES:
-            raise _Refused(1, f"begins more than {MOST_VALUES} values, aliases counted as what they stand for; shorten")
+        if count == most_values:
+            raise _Refused(1, f"begins more than {most_values} values, aliases counted as what they stand for; shorten")
         if isinstance(each, (dict, list)):
             values += each.values() if isinstance(each, dict) else each
     return value

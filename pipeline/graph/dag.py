@@ -23,6 +23,7 @@ from pipeline.core.store import Store, canonical, sha256_bytes
 from pipeline.core.text import escaped
 from pipeline.graph import registry
 from pipeline.graph.recipe import Recipe, explain
+from pipeline.graph.supply import SourceSupply
 
 
 @dataclass(frozen=True)
@@ -140,6 +141,12 @@ def compose(recipe: Recipe, store: Store, without_data: bool = False) -> Graph:
 def problems(recipe: Recipe) -> Iterator[str]:
     """Yields a sentence for each contradiction between the sections of a recipe, or with its data recipe."""
     return registry.definition().problems(recipe)
+
+
+def supply(graph: Graph) -> tuple[SourceSupply, ...]:
+    """Returns the supply of each source that a phase of the recipe reads."""
+    rows: tuple[SourceSupply, ...] = registry.definition().supply(graph.recipe)
+    return rows
 
 
 def require_same_beginning(checkpoint: Checkpoint, previous: Mapping[str, str], where: str, store: Store) -> None:

@@ -34,6 +34,9 @@ class Definition(Protocol):
     def problems(self, recipe: Any) -> Iterator[str]:
         """Yields a sentence for each contradiction between sections or files; `compose` raises the first."""
 
+    def supply(self, recipe: Any) -> Any:
+        """Returns the `pipeline.graph.supply.SourceSupply` of each source that a phase reads."""
+
     def load_data_recipe(self, content: bytes, path: Path) -> Config:
         """Reads the file that a recipe names as its data."""
 

@@ -120,6 +120,35 @@ class RetryingClient:
 
         self._retrying(download_all)()
 
+    def read_range(self, repo: str, kind: str, commit: str, path: str, place: range, deadline: float) -> bytes:
+        """Returns a range of the bytes of a file of a commit; no others are requested.
+
+        Raises OSError if the Hub sends others, and MachineError after the deadline, a time of `time.monotonic`.
+        """
+        hub = load()
+        url = hub.hf_hub_url(repo, path, repo_type=kind, revision=commit, endpoint=self.client.endpoint)
+        # A proxy that compressed the bytes would send others than the range has.
+        headers = {"Range": f"bytes={place.start}-{place.stop - 1}", "Accept-Encoding": "identity"}
+        headers |= hub.utils.build_hf_headers(token=self.client.token)
+
+        def read() -> bytes:
+            data = bytearray()
+            with hub.utils.get_session().stream("GET", url, headers=headers) as response:
+                hub.utils.hf_raise_for_status(response)
+                if response.status_code != 206:
+                    raise OSError("a whole file in place of a range of its bytes")
+                for chunk in response.iter_raw():
+                    data += chunk
+                    if len(data) > len(place):
+                        break
+                    if time.monotonic() > deadline:
+                        raise MachineError(f"{endpoint()} is too slow; run the same command again to go on")
+            if len(data) != len(place):
+                raise OSError(f"{len(data)} bytes in place of {len(place)}")
+            return bytes(data)
+
+        return bytes(self._retrying(read)())
+
     def _retrying(self, call: Callable[..., Any]) -> Callable[..., Any]:
         """Returns a function that makes a call, up to ATTEMPTS times."""
 
@@ -329,6 +358,54 @@ class RemoteRepository:
             # Entries without a blob are folders.
             if hasattr(entry, "blob_id")
         }
+
+
+class RangedFile:
+    """A file of a dataset, of which only those bytes are requested that are read; pyarrow takes it for an open file.
+
+    Reading raises AtomError: what `translate_errors` makes of an error, and one beyond the limits.
+
+    Attributes:
+        left: Bytes that may still be read.
+        title: The beginning of an error.
+    """
+
+    closed = False
+
+    def __init__(self, repo: str, commit: str, path: str, size: int, deadline: float, most_bytes: int) -> None:
+        """Requests nothing yet.
+
+        Args:
+            repo: The dataset repository.
+            commit: The commit.
+            path: The path of the file.
+            size: Its bytes.
+            deadline: The time of `time.monotonic` after which nothing is read.
+            most_bytes: The most bytes that are read.
+        """
+        self.repo, self.commit, self.path, self.size = repo, commit, path, size
+        self.deadline, self.left, self.position = deadline, most_bytes, 0
+        self.title = f"reading {printable(path)} of {repo}@{commit[:12]}"
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self.position = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self.position, os.SEEK_END: self.size}[whence]
+        return self.position
+
+    def tell(self) -> int:
+        return self.position
+
+    def read(self, count: int) -> bytes:
+        place = range(self.position, max(self.position, min(self.position + count, self.size)))
+        self.left -= len(place)
+        if self.left < 0:
+            raise AtomError(f"{self.title}: a sample needs too many bytes of it; its rows are too long")
+        if time.monotonic() > self.deadline:
+            raise MachineError(f"{self.title}: no time is left; run the same command again to go on")
+        self.position = place.stop
+        with translate_errors(self.title):
+            return bytes(
+                api().read_range(self.repo, "dataset", self.commit, self.path, place, self.deadline) if place else b""
+            )
 
 
 def is_unsafe(path: str) -> bool:

@@ -19,7 +19,7 @@ from pipeline.core.errors import AtomError, MissingData, RecipeError
 from pipeline.core.store import Store
 from pipeline.core.text import escaped, shown
 from pipeline.core.yaml_text import line_of, parse_yaml, read_file
-from pipeline.graph import budget, dag, recipe, registry
+from pipeline.graph import budget, dag, recipe, registry, supply
 from pipeline.graph.dag import Graph
 from pipeline.graph.plan import is_small, plan
 from pipeline.launch import cluster_profile
@@ -226,7 +226,7 @@ def _of_graph(graph: Graph, store: Store, cluster: str | None) -> tuple[list[str
     profile = None if cluster is None else cluster_profile.load(cluster)
     other_python = profile is not None and profile.other_python
     rows = plan(graph, dag.states(graph, store), graph.select(None, None), other_python)
-    problems, notes = fit.unpublishable(rows), []
+    problems, notes = [*fit.unpublishable(rows), *supply.unserved(dag.supply(graph))], []
     obstacles = dict.fromkeys(row.obstacle for row in rows if row.obstacle)
     notes += [f"on this machine: {text}" for text in obstacles]
     notes += [f"{row.state.name}: {row.state.damage}" for row in rows if row.state.damage]

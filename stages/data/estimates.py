@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Annotated
 
-from pipeline.core.bounds import Range
+from pipeline.core.bounds import Range, Text
 from pipeline.core.stage import Config, Estimate, Published
 
 # Core seconds a MB of curation steps with atom's words, beside the law of `filter` (`bench/filters.py`).
@@ -35,6 +35,15 @@ class Size(Config):
     """number of documents"""
     bytes: Annotated[int, Range(1, 1e17)]
     """bytes of their text in UTF-8"""
+
+
+class Stated(Config):
+    """The supply of a source as somebody states it, for a source that `atom pin` has not probed."""
+
+    tokens: Annotated[int, Range(1, 1e16)]
+    """tokens that training can read, after filters and deduplication"""
+    where: Text
+    """who states it, where, when, and by which tokenizer"""
 
 
 @dataclass(frozen=True)

@@ -1,20 +1,33 @@
-"""Pins the sources of the Hub in a data recipe: their revisions, and the sizes and digests of their files."""
+"""Pins the sources of the Hub in a data recipe, and probes each with a sample.
+
+A pin is a revision, and the sizes and digests of its files. The sources are asked at the same time, and each is written
+to the lock file when it is done, so that nothing that was learnt is lost.
+"""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
-from pipeline.core.errors import RecipeError
+from pipeline.core.errors import AtomError, MachineError, RecipeError
+from pipeline.core.progress import human
 from pipeline.core.text import escaped
 from pipeline.core.yaml_text import parse_yaml, read_file
 from pipeline.graph.recipe import find, lock_of
-from stages.data.acquire import hub_files
+from pipeline.hub import client
+from stages.data.acquire import hub_files, hub_samples
 from stages.data.acquire.hub_files import LockedSource
+from stages.data.acquire.hub_samples import Sample
 from stages.data.acquire.readers.hub import Hub
-from stages.data.recipe import load
+from stages.data.recipe import DataRecipe, SourceConfig, load
+
+# Sources that are asked at the same time.
+PARALLEL = 8
 
 
 @dataclass(frozen=True)
@@ -25,22 +38,30 @@ class Pin:
         name: Name of the source.
         entry: Its entry in the lock file.
         previous: The commit to which it was pinned; None if to none, or with other settings.
+        done: Its number among the sources of the Hub that are done.
+        total: The number of all of them.
     """
 
     name: str
     entry: LockedSource
     previous: str | None
+    done: int
+    total: int
 
     def __str__(self) -> str:
         files = self.entry.rows()
         size = sum(file.size for file in files) / 1e9
         moved = self.previous not in (None, self.entry.revision)
         change = f", previously {str(self.previous)[:12]}" if moved else ""
-        commit = self.entry.revision[:12]
-        return f"{self.name}: {self.entry.repo}@{commit}{change}, {len(files)} files, {size:.3f} GB"
+        commit, probe = self.entry.revision[:12], self.entry.probe
+        line = f"{self.name}: {self.entry.repo}@{commit}{change}, {len(files)} files, {size:.3f} GB"
+        if probe and probe.sampled_documents:
+            kept = f"{human(probe.kept_tokens)} of {human(probe.bytes / probe.bytes_per_token)} tokens kept"
+            line += f"; {kept}, by {probe.sampled_documents:,} documents"
+        return f"{line} ({self.done} of {self.total})"
 
     def json(self) -> dict[str, Any]:
-        files = self.entry.rows()
+        files, probe = self.entry.rows(), self.entry.probe
         return {
             "name": self.name,
             "repo": self.entry.repo,
@@ -48,6 +69,7 @@ class Pin:
             "previous": self.previous,
             "files": len(files),
             "bytes": sum(file.size for file in files),
+            "probe": probe.model_dump(mode="json") if probe else None,
         }
 
 
@@ -65,24 +87,110 @@ def data_recipe(reference: str) -> Path:
     return path if data is None else find(str(data), "data_recipes", "data recipe", path.parent)
 
 
-def pin(path: Path) -> Iterator[Pin]:
-    """Asks the Hub for each of its sources in a data recipe, and writes the lock file at the end.
+def pin(path: Path, sample: bool = True) -> Iterator[Pin]:
+    """Asks the Hub for each of its sources in a data recipe, probes them, and yields each as it is written to the lock.
 
-    Raises AtomError, with the lock file as it was, if the Hub does not have one of them, or does not answer.
+    Args:
+        path: The data recipe.
+        sample: Read a sample of each source; without one, its earlier probe stays if it is of the same files.
+
+    Raises:
+        AtomError: At the end, if some sources cannot be pinned or probed. Their earlier entries stay.
     """
-    readers = {source.name: source.reader for source in load(path).sources if isinstance(source.reader, Hub)}
-    if not readers:
+    recipe = load(path)
+    sources = [source for source in recipe.sources if isinstance(source.reader, Hub)]
+    if not sources:
         raise RecipeError(
             f"data recipe {escaped(path.stem, 80)} has no source with the reader hub; there is nothing to pin"
         )
-    # The lock file is written at the end: an error leaves the earlier one as it was.
-    lock, entries = lock_of(path), dict[str, LockedSource]()
-    known = _known(lock)
-    for name, reader in readers.items():
-        entries[name] = hub_files.resolve(name, reader.repo, reader.revision, reader.pattern)
-        earlier = known.get(name)
-        yield Pin(name, entries[name], earlier.revision if earlier and earlier.repo == reader.repo else None)
-    hub_files.write(lock, entries)
+    lock = lock_of(path)
+    known, failures, hashes = _known(lock), dict[str, AtomError](), dict[str, set[str]]()
+    entries = {source.name: known[source.name] for source in sources if source.name in known}
+    stopped = threading.Event()
+    client.load()  # imported once, before threads use it
+    with TemporaryDirectory() as folder, ThreadPoolExecutor(PARALLEL) as pool:
+
+        def ask(source: SourceConfig) -> tuple[LockedSource, Sample | None]:
+            """Returns a source as the Hub has it now, and its sample; None if an earlier one will do."""
+            reader, earlier = source.reader, known.get(source.name)
+            assert isinstance(reader, Hub)
+            entry = hub_files.resolve(source.name, reader.repo, reader.revision, reader.pattern)
+            probe = earlier.probe if earlier and (earlier.repo, earlier.files) == (entry.repo, entry.files) else None
+            entry = entry.model_copy(update={"probe": probe})
+            if not sample or (probe and not probe.problem and probe.settings == source.probe_settings):
+                return entry, None
+            place = Path(folder, source.name)
+            place.mkdir()
+            label = f"probe/{recipe.name}/{source.name}"
+            return entry, hub_samples.fetch(source.name, entry, reader, label, place, stopped)
+
+        jobs = {pool.submit(ask, source): source for source in sources}
+        try:
+            for done, job in enumerate(as_completed(jobs), start=1):
+                source = jobs[job]
+                earlier = known.get(source.name)
+                try:
+                    entry, pieces = job.result()
+                    if pieces is not None:
+                        entry, hashes[source.name] = _probed(recipe, source, entry, pieces)
+                except AtomError as error:
+                    failures[source.name] = error
+                    continue
+                if entry.probe and entry.probe.problem:
+                    failures[source.name] = AtomError(entry.probe.problem)
+                entries[source.name] = entry
+                hub_files.write(lock, entries)
+                previous = earlier.revision if earlier and earlier.repo == entry.repo else None
+                yield Pin(source.name, entry, previous, done, len(sources))
+        except BaseException:
+            # Requests that have not begun are left out.
+            stopped.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    if hashes:
+        in_order = {source.name: entries[source.name] for source in sources if source.name in entries}
+        hub_files.write(lock, _with_shared(in_order, hashes))
+    if failures:
+        raise _joined([failures[source.name] for source in sources if source.name in failures], len(sources))
+
+
+def _probed(
+    recipe: DataRecipe, source: SourceConfig, entry: LockedSource, sample: Sample
+) -> tuple[LockedSource, set[str]]:
+    """Returns the entry of a source with its probe, and the content hashes of the sample."""
+    from loguru import logger
+
+    from stages.data.probing import Measurement
+
+    logger.disable("datatrove")  # it logs each of many small steps
+    assert isinstance(source.reader, Hub)
+    size = sum(file.size for file in entry.rows())
+    measurement = Measurement(source, sample, size, recipe.curation.alarm_share)
+    probe, earlier = measurement.probe(source.probe_settings, source.reader.format), entry.probe
+    # A sample that was cut earlier than the one before says less.
+    if earlier and earlier.settings == probe.settings and earlier.sampled_documents > probe.sampled_documents:
+        probe = earlier.model_copy(update={"problem": probe.problem})
+    return entry.model_copy(update={"probe": probe}), measurement.hashes
+
+
+def _with_shared(entries: Mapping[str, LockedSource], hashes: Mapping[str, set[str]]) -> dict[str, LockedSource]:
+    """Returns the entries, those that were probed now with the documents that they share with ones before them."""
+    result, earlier = dict(entries), dict[str, set[str]]()
+    for name, entry in entries.items():
+        if name in hashes and entry.probe:
+            shared = {other: count for other in earlier if (count := len(hashes[name] & earlier[other]))}
+            result[name] = entry.model_copy(update={"probe": entry.probe.model_copy(update={"shared": shared})})
+            earlier[name] = hashes[name]
+    return result
+
+
+def _joined(failures: list[AtomError], sources: int) -> AtomError:
+    """Returns the failures of sources as one error. It is of the machine if all of them are."""
+    kind = MachineError if all(isinstance(error, MachineError) for error in failures) else AtomError
+    shown = "; ".join(map(str, failures[:3])) + ("; …" if len(failures) > 3 else "")
+    others = sources - len(failures)
+    in_order = f"; {others} of {sources} sources are in order" if others else ""
+    return kind(f"{shown}{in_order}")
 
 
 def _known(lock: Path) -> Mapping[str, LockedSource]:

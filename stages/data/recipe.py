@@ -16,18 +16,22 @@ from pydantic import Field, ValidationError, model_validator
 from pipeline.core.bounds import MOST_SOURCES, Key, Text
 from pipeline.core.errors import RecipeError
 from pipeline.core.extensions import modules_in
-from pipeline.core.stage import Config, added, operational
+from pipeline.core.stage import Config, added, identity, operational
+from pipeline.core.store import canonical, sha256_bytes
 from pipeline.core.text import escaped
 from pipeline.core.yaml_text import parse_yaml, read_file
 from pipeline.graph.dag import NodeSpec
 from pipeline.graph.recipe import explain, find, lock_of
 from stages.data import estimates
+from stages.data.acquire import acquire_stage
 from stages.data.acquire.licenses.expressions import AllowedLicenses, Licenses, forbids_derivatives
 from stages.data.acquire.readers.base import Reader
 from stages.data.acquire.readers.generated import Generated
+from stages.data.acquire.readers.hub import Hub
+from stages.data.acquire.source_probe import BytesPerToken, Probe
 from stages.data.acquire.sources import Source, resolve_tree_digest
 from stages.data.blocks import Block, Extensions, extension_folders
-from stages.data.curate import deny_list
+from stages.data.curate import deny_list, filter_stage
 from stages.data.curate.alarms import RULES, Acknowledged
 from stages.data.curate.classifier_stage import ClassifierSettings
 from stages.data.curate.dedup_stage import DedupSource
@@ -36,7 +40,7 @@ from stages.data.curate.filter_stage import FilteredSource
 from stages.data.curate.filters.base import Filter
 from stages.data.curate.settings import CurationSettings, SourceParts, WorkPattern
 from stages.data.curate.steps import MAX_STEPS, AnyFilter
-from stages.data.estimates import Size
+from stages.data.estimates import Size, Stated
 from stages.formats.table import HeldoutFraction
 from stages.formats.tokenizer import TokenizerSection
 
@@ -58,6 +62,32 @@ class SourceConfig(Source):
     acknowledged_removals: Acknowledged = operational({})
     """by rule (the name of a step, opt_out, license, failed, generation, secrets, decontamination,
     deduplication), the share of the source that it may remove above curation.alarm_share"""
+    supply: Stated | None = operational(None)
+    """tokens of the source that somebody states, for `atom plan` until `atom pin` has probed it; null: unknown"""
+    bytes_per_token: BytesPerToken = operational(4.0)
+    """bytes of text in a token, by which `atom pin` turns the bytes of a sample into tokens"""
+
+    @property
+    def probe_settings(self) -> str:
+        """The digest of what decides on the documents that a sample keeps, and on what is said of them."""
+        names = "kind license document_license license_allow reader steps"
+        fields = {name: value for name, value in identity(self).items() if name in names.split()}
+        others = self.bytes_per_token, self.acknowledged_removals, acquire_stage.VERSION, filter_stage.VERSION
+        return f"sha256:{sha256_bytes(canonical([fields, *others]))}"
+
+    @property
+    def probe(self) -> Probe | None:
+        """What `atom pin` has learnt of the source as its settings are now; None if nothing."""
+        locked = self.reader.pinned(self.name) if isinstance(self.reader, Hub) else None
+        probe = locked.probe if locked else None
+        return probe if probe and probe.settings == self.probe_settings and probe.sampled_documents else None
+
+    @property
+    def sized(self) -> SourceConfig:
+        """The source with the size that a probe says it has."""
+        if (probe := self.probe) is None or not probe.documents or not probe.bytes:
+            return self
+        return self.model_copy(update={"expected": Size(documents=min(probe.documents, 10**13), bytes=probe.bytes)})
 
     @model_validator(mode="after")
     def _check_license_allow(self) -> SourceConfig:
@@ -175,7 +205,7 @@ class DataRecipe(Config):
 
         Raises RecipeError if a pin differs.
         """
-        sources = tuple(s.model_copy(update={"tree_digest": resolve_tree_digest(s)}) for s in self.sources)
+        sources = tuple(s.sized.model_copy(update={"tree_digest": resolve_tree_digest(s)}) for s in self.sources)
         return self.model_copy(update={"sources": sources, "curation": self._resolved_curation()})
 
     def present(self) -> tuple[DataRecipe, tuple[str, ...]]:
@@ -191,7 +221,7 @@ class DataRecipe(Config):
             else:
                 keys = "; keys below are provisional" if digest == "auto" else ""
                 messages.append(f"{missing}; {source.reader.remedy} before running{keys}")
-            sources.append(source.model_copy(update={"tree_digest": digest}))
+            sources.append(source.sized.model_copy(update={"tree_digest": digest}))
         path, curation = self.curation.deny_list, self.curation
         if path is not None and not Path(path).is_file():
             keys = "; keys below are provisional" if curation.deny_list_sha256 is None else ""

