@@ -20,7 +20,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import yaml
@@ -40,9 +40,6 @@ from stages.evaluation.scaling_laws import LEVEL, band
 
 # Version of the form of mix.json.
 SCHEMA = 1
-# Passes over a source up to which repeated tokens are nearly worth new ones (Muennighoff et al. 2023,
-# arXiv:2305.16264).
-EPOCHS = 4.0
 # Bytes of a token where none were counted; small vocabularies have fewer, and then more tokens.
 BYTES_PER_TOKEN = 4.0
 # The part of each draw that is divided evenly, so that no proxy lacks a source.
@@ -60,15 +57,16 @@ class Supply(NamedTuple):
 
     Attributes:
         tokens: Their number; None if it is unknown.
-        basis: What it is from: counted after curation, or stated by the data recipe, before curation.
+        basis: What it is from: `counted` after curation, `probed` or `stated` as `atom plan` shows, `expected` by the
+            data recipe before curation, or `unknown`.
     """
 
     tokens: float | None
-    basis: Literal["counted", "stated", "unknown"]
+    basis: str
 
 
 def supply_of(graph: Graph, store: Store | None = None) -> dict[str, Supply]:
-    """Returns the supply of each source of a recipe's data: counted if its tokens are in the store, or else stated."""
+    """Returns the supply of each source of a recipe's data: counted if its tokens are in the store."""
     data: Any = graph.recipe.data
     if store is not None and store.sealed(key := graph.nodes["tokenize"].key):
         counted = store.open(key).json("meta.json")["tokens"]["train"]
@@ -76,8 +74,9 @@ def supply_of(graph: Graph, store: Store | None = None) -> dict[str, Supply]:
     supply = {source.name: Supply(None, "unknown") for source in data.sources}
     for source in (source for source in data.sources if source.expected):
         tokens = source.expected.bytes / BYTES_PER_TOKEN
-        supply[source.name] = Supply(tokens * (1 - data.heldout_fraction_of(source)), "stated")
-    return supply
+        supply[source.name] = Supply(tokens * (1 - data.heldout_fraction_of(source)), "expected")
+    known = {row.source: Supply(row.tokens, row.basis) for row in dag.supply(graph) if row.tokens is not None}
+    return supply | known
 
 
 def mix_of(graph: Graph) -> dict[str, float]:
@@ -204,12 +203,14 @@ class Target(NamedTuple):
     Attributes:
         name: Its recipe.
         tokens: Tokens of its pre-training.
+        epochs: How often pre-training may read a source.
         supply: The supply of the S sources, by name.
-        limits: The largest weights [S]: those with which a source is read EPOCHS times, or 1.
+        limits: The largest weights [S]: those with which a source is read as often as the recipe takes, or 1.
     """
 
     name: str
     tokens: int
+    epochs: float
     supply: Mapping[str, Supply]
     limits: Array
 
@@ -220,14 +221,15 @@ def target_of(graph: Graph, sources: Sequence[str], store: Store) -> Target:
     if missing := [source for source in sources if source not in supply]:
         raise AtomError(f"the data of {name} has no source {missing[0]}, which the proxies mix; add it there")
     supply, tokens = {source: supply[source] for source in sources}, config["phase"].tokens()
-    most = [1.0 if known is None else EPOCHS * known / tokens for known, _ in supply.values()]
+    epochs = float(vars(graph.recipe.config)["supply"].max_epochs)
+    most = [1.0 if known is None else epochs * known / tokens for known, _ in supply.values()]
     limits = np.minimum(most, 1.0)
     if np.floor(limits * mixing_law.UNITS).sum() < mixing_law.UNITS:
         raise AtomError(
-            f"{name} reads {human(tokens)} tokens, and {EPOCHS:g} epochs of {', '.join(sources)} are "
+            f"{name} reads {human(tokens)} tokens, and {epochs:g} epochs of {', '.join(sources)} are "
             f"{human(sum(most) * tokens)}; shorten its pre-training, or add sources"
         )
-    return Target(name, tokens, supply, limits)
+    return Target(name, tokens, epochs, supply, limits)
 
 
 def factors_of(text: str) -> dict[str, Any]:
@@ -261,7 +263,7 @@ def report_of(proxies: Sequence[Graph], target: Target, domains: Mapping[str, fl
     fit = mixing_law.fit(np.asarray([_row(sources, mix_of(proxy)) for proxy in proxies]), measured)
     findings = _findings(fit, target, np.asarray(list(domains.values())) / sum(domains.values()), list(domains))
     about = {"schema": SCHEMA, "formula": mixing_law.FORMULA, "level": LEVEL}
-    about["target"] = {"name": target.name, "tokens": target.tokens, "epochs": EPOCHS}
+    about["target"] = {"name": target.name, "tokens": target.tokens, "epochs": target.epochs}
     return {**about, **findings, "remarks": list(_remarks(proxies[0], findings))}
 
 
