@@ -56,7 +56,9 @@ def test_cluster_recipes_ask_for_what_is_stated(name: str) -> None:
     rows = {each.source: each for each in graph.supply(recipe)}
 
     assert supply.unserved(list(rows.values())) == []
-    assert {each.source for each in rows.values() if each.basis == "unknown"} <= {"commons"}
+    extracted = {"math_forum", "math_papers", "math_medicine", "explained_forum", "explained_code"}
+    # Of the videos, most texts are machine translations of others.
+    assert {each.source for each in rows.values() if each.basis == "unknown"} <= extracted | {"videos"}
     # Tokens of the phases, by hand: a ramp has smaller steps.
     config: Any = recipe.config
     pretrain = config.pretrain
