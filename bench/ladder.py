@@ -4,10 +4,11 @@
     .venv/bin/python bench/ladder.py --home runs/ladder --until seal    # up to the sealed forecast
 
 The text is that of the source distributions of data_recipes/pypi.lock.yaml, which are fetched first; bench/ladder.yaml
-has the sizes. For each width the rate with the least held-out loss on the smallest budget is taken. To all runs of the
-ladder a law L = E + A/N^alpha + B/D^beta is fitted (`atom ladder`), one for the held-out loss and one for bits per
-byte; its bands of 90 % are for one further run, so they include the noise of seeds. What the laws say of the target is
-written to forecast.json, which is not written once a run of the target has begun. Then the target is run and compared.
+has the sizes. All widths have one rate: the smallest of those whose held-out loss on the smallest budget, in the mean
+over widths, is the least or about the least. To all runs of the ladder a law L = E + A/N^alpha + B/D^beta is fitted
+(`atom ladder`), one for the held-out loss and one for bits per byte; its bands of 90 % are for one further run, so they
+include the noise of seeds. What the laws say of the target is written to forecast.json, which is not written once a run
+of the target has begun. Then the target is run and compared.
 
 Runs are sealed in the home: a run that was stopped goes on. The last line is one JSON object; its ratio is the measured
 bits per byte of the target divided by those forecast.
@@ -43,6 +44,8 @@ FIGURES = {
     "loss": "held-out loss, nats a token",
     "bits": "bits per byte of held-out documents, the mean of both sources",
 }
+# Nats by which two rates may differ and count as equal: half the standard deviation of seeds.
+TIE = 0.01
 SUMMARY, FORECAST = "ladder.json", "forecast.json"
 STEPS = ("run", "seal", "compare")
 
@@ -160,13 +163,17 @@ class Experiment:
             return dict(zip(runs, pool.map(lambda run: self.measure(run, scored), runs), strict=True))
 
 
-def best_rates(results: Mapping[Run, Mapping[str, float]]) -> dict[int, float]:
-    """Returns {width: the rate with the least held-out loss}."""
-    best: dict[int, Run] = {}
+def best_rate(results: Mapping[Run, Mapping[str, float]]) -> float:
+    """Returns the smallest of the rates whose mean held-out loss over all widths is within TIE of the least.
+
+    Steps of Muon have one size at every width. With a rate of its own, each width would have the noise of one seed in
+    it, as its best rates differ by less than seeds do. Of equals the smallest, since longer runs want smaller rates.
+    """
+    losses: dict[float, list[float]] = {}
     for run, figures in results.items():
-        if run.width not in best or figures["loss"] < results[best[run.width]]["loss"]:
-            best[run.width] = run
-    return {width: run.rate for width, run in best.items()}
+        losses.setdefault(run.rate, []).append(figures["loss"])
+    means = {rate: statistics.fmean(values) for rate, values in losses.items()}
+    return min(rate for rate, mean in means.items() if mean <= min(means.values()) + TIE)
 
 
 def forecasts(points: Mapping[Run, Mapping[str, float]], at: Mapping[str, float]) -> dict[str, dict[str, float]]:
@@ -231,22 +238,22 @@ def compare(experiment: Experiment, jobs: int, until: str) -> int:
     tried = [Run(width, budgets[0], rate, seeds[0]) for width in plan["widths"] for rate in plan["rates"]]
     experiment.measure(tried[0], scored=False)  # alone, since all others need its data
     tuning = experiment.measure_all(tried, jobs, scored=False)
-    rates = best_rates(tuning)
-    print(f"rates by width: {rates}", flush=True)
+    rate = best_rate(tuning)
+    print(f"rate of all widths: {rate:g}", flush=True)
     # The longest first, so that no core waits at the end.
     sizes = sorted(itertools.product(plan["widths"], budgets, seeds), key=lambda size: -(size[0] ** 2) * size[1])
-    points = experiment.measure_all([Run(width, tokens, rates[width], seed) for width, tokens, seed in sizes], jobs)
+    points = experiment.measure_all([Run(width, tokens, rate, seed) for width, tokens, seed in sizes], jobs)
     points = dict(sorted(points.items(), key=lambda row: row[0].name))
     report: dict[str, Any] = {
-        "rates": {str(width): rate for width, rate in rates.items()},
+        "rate": rate,
         "tuning": [{"name": run.name, **figures} for run, figures in tuning.items()],
     }
     if until == "run":
         return 0
 
-    # The rate of the largest width: the target is not tuned.
+    # The target is not tuned.
     target = plan["target"]
-    targets = [Run(target["width"], target["tokens"], rates[max(plan["widths"])], seed) for seed in target["seeds"]]
+    targets = [Run(target["width"], target["tokens"], rate, seed) for seed in target["seeds"]]
     sealed = seal(experiment, points, targets)
     for figure, band in sealed["forecasts"].items():
         print(
