@@ -1,7 +1,7 @@
 """The supply of a corpus: the tokens of each source, and those that the phases of a recipe ask for.
 
-Supply is probed by `atom pin`, or stated in the data recipe, or unknown. It has no documents that are held out. A phase without `pack` asks for at most the tokens
-here, since its rows are padded.
+Supply is probed by `atom pin`, or stated in the data recipe, or unknown. It has no documents that are held out. A phase
+without `pack` asks for at most the tokens here, since its rows are padded.
 """
 
 from __future__ import annotations
