@@ -57,9 +57,7 @@ def _kept_by_classifiers(source: SourceConfig, data: DataRecipe) -> float:
     return math.prod(row.keep for row in data.classifiers if f"classifier-{row.name}" in names)
 
 
-def _supply(
-    section: SupplySection, source: SourceConfig, data: DataRecipe, asked: Mapping[str, float]
-) -> SourceSupply:
+def _supply(section: SupplySection, source: SourceConfig, data: DataRecipe, asked: Mapping[str, float]) -> SourceSupply:
     share = 1 - data.heldout_fraction_of(source)
     tokens, basis, where, probe = None, "unknown", "", source.probe
     if probe is not None:
