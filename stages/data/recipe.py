@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
@@ -110,7 +110,9 @@ class DataRecipe(Config):
     """short description of the corpus"""
     sources: tuple[SourceConfig, ...] = Field(min_length=1, max_length=MOST_SOURCES)
     """sources of the corpus; exact duplicates are decided in their order"""
-    pipelines: dict[Key, tuple[AnyFilter, ...]] = operational({}, max_length=MAX_STEPS)
+    pipelines: dict[Key, Annotated[tuple[AnyFilter, ...], Field(max_length=MAX_STEPS)]] = operational(
+        {}, max_length=MAX_STEPS
+    )
     """curation steps by the kind of text, such as web or scans, for sources to name"""
     classifiers: tuple[ClassifierSettings, ...] = added((), max_length=MOST_SOURCES)
     """classifiers, each trained on documents of some sources, for steps to name"""
