@@ -101,7 +101,7 @@ def _keeps_bits_per_byte(build: BuildContext, before: str, phases: Mapping[str, 
         phases: {model: the phase that trained it}.
     """
     scores, allowed = build.release.data.evaluation, build.evaluation["bits_per_byte_tolerance"]
-    allowed_left_out = build.evaluation.get("left_out_tolerance")
+    allowed_left_out: float | None = build.evaluation.get("left_out_tolerance")
     details, worst, is_kept = [], -math.inf, True
     for model, phase in phases.items():
         read = build.release.data.sources_read(phase)
@@ -124,11 +124,11 @@ def _keeps_bits_per_byte(build: BuildContext, before: str, phases: Mapping[str, 
         left_out = _changes(*(_bits(scores[name], earlier - read) for name in (before, model)))
         # A sum over sources that are not judged would only be read as a judgement.
         left_out.pop(TOGETHER, None)
-        if left_out and allowed_left_out is None:
-            details.append(f"not judged, because {phase} does not read them: {_text(left_out)}")
-        elif left_out:
+        if left_out and allowed_left_out is not None:
             details.append(f"left out by {phase}, which may lose {allowed_left_out:g} on each: {_text(left_out)}")
             is_kept &= max(map(_sure_rise, left_out.values())) <= allowed_left_out
+        elif left_out:
+            details.append(f"not judged, because {phase} does not read them: {_text(left_out)}")
     text = f"{'; '.join(details)}; at most {allowed:g} may be lost on each{BEYOND}"
     return Findings.of_measurement(worst <= allowed and is_kept, text)
 

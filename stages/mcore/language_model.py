@@ -113,7 +113,9 @@ def _losses_and_gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns the losses, and the gradients of sum(weights * losses) with respect to `hidden` and `head`.
 
-    The gradients are those of sum(weights * (losses + z_loss * log-sum-exp of the logits squared)). That of `hidden` is this tensor rank's share of a sum; that of `head` is in fp32.
+    With a z-loss they are those of sum(weights * (losses + z_loss * square of the logits' log-sum-exp)).
+
+    That of `hidden` is this tensor rank's share of a sum; that of `head` is in fp32.
     """
     losses = torch.empty_like(weights)
     of_hidden, of_head = torch.empty_like(hidden), torch.zeros_like(head, dtype=torch.float32)
