@@ -63,12 +63,16 @@ def test_an_embedding_without_weight_decay(kind: str) -> None:
 
 @pytest.mark.numeric
 def test_ranks_that_share_matrices_train_like_one(tmp_path: Path) -> None:
-    """Data ranks have slices of matrices, tensor ranks rows or columns of most, and expert ranks some of the experts."""
+    """Data ranks have slices of matrices, tensor ranks rows or columns of most, and expert ranks some of the experts.
+
+    Tensor ranks also share the log-sum-exp of a z-loss, and pipeline ranks have a tied table twice, which is not decayed.
+    """
     corpus = tmp_path / "corpus"
     train_fixtures.make(corpus, {"batch": layout_fixtures.BATCH})
-    settings = layout_fixtures.settings_of({}, 1, optimizer=OPTIMIZER)
+    optimizer = {**OPTIMIZER, "decay_embeddings": False}
+    settings = layout_fixtures.settings_of({}, 1, optimizer=optimizer, output_z_loss=1e-3)
     one = layout_fixtures.train(corpus, settings, 5)
-    layouts = {name: layout_fixtures.TWO[name] for name in ("DP2", "TP2+SP", "EP2")}
+    layouts = {name: layout_fixtures.TWO[name] for name in ("DP2", "TP2+SP", "EP2", "PP2")}
 
     curves = layout_fixtures.compare(corpus, layouts, 2, settings, tmp_path / "two.json")
 
