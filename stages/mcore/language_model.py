@@ -42,9 +42,7 @@ def token_losses(
     """
     flat_weights = None if weights is None else weights.t().flatten().float()
     flat_labels = labels.t().flatten()
-    losses: Tensor = _TokenLosses.apply(
-        hidden.flatten(0, 1), head, flat_labels, vocab_size, flat_weights, z_loss
-    )
+    losses: Tensor = _TokenLosses.apply(hidden.flatten(0, 1), head, flat_labels, vocab_size, flat_weights, z_loss)
     return losses.view(labels.t().shape).t().contiguous()
 
 

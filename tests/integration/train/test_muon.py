@@ -12,10 +12,10 @@ import torch
 from pipeline.core.errors import AtomError
 from pipeline.core.store import no_progress, write_manifest
 from stages.models.mixture import Qwen3MoeConfig
+from stages.models.param_names import EMBEDDING
 from stages.train import parallel
 from stages.train.checkpoint import release_checkpoint
 from stages.train.checkpoint.load_checkpoint import Origin
-from stages.models.param_names import EMBEDDING
 from stages.train.config import TrainConfig
 from stages.train.data import Batch, RankBatch
 from stages.train.engine import Engine
@@ -58,7 +58,9 @@ def test_an_embedding_without_weight_decay(kind: str) -> None:
     missing = {name for name in first if not torch.equal(decayed[name], kept[name])}
     assert missing == {EMBEDDING}
     table = first[EMBEDDING]
-    torch.testing.assert_close(kept[EMBEDDING] - decayed[EMBEDDING], rate * OPTIMIZER["weight_decay"] * table, rtol=1e-3, atol=1e-7)
+    torch.testing.assert_close(
+        kept[EMBEDDING] - decayed[EMBEDDING], rate * OPTIMIZER["weight_decay"] * table, rtol=1e-3, atol=1e-7
+    )
 
 
 @pytest.mark.numeric
