@@ -93,7 +93,7 @@ def _keeps_bits_per_byte(build: BuildContext, before: str, phases: Mapping[str, 
     """Compares models with an earlier one on the held-out documents of the sources that the phase of each model reads.
 
     The sources are compared together and one by one. A phase forgets the sources that its mix leaves out, so these are
-    stated and not judged.
+    judged by a limit of their own, `left_out_tolerance`, and only stated without it.
 
     Args:
         build: The build whose models are judged.
@@ -101,7 +101,8 @@ def _keeps_bits_per_byte(build: BuildContext, before: str, phases: Mapping[str, 
         phases: {model: the phase that trained it}.
     """
     scores, allowed = build.release.data.evaluation, build.evaluation["bits_per_byte_tolerance"]
-    details, worst = [], -math.inf
+    allowed_left_out: float | None = build.evaluation.get("left_out_tolerance")
+    details, worst, is_kept = [], -math.inf, True
     for model, phase in phases.items():
         read = build.release.data.sources_read(phase)
         changes = _changes(*(_bits(scores[name], read) for name in (before, model)))
@@ -123,10 +124,13 @@ def _keeps_bits_per_byte(build: BuildContext, before: str, phases: Mapping[str, 
         left_out = _changes(*(_bits(scores[name], earlier - read) for name in (before, model)))
         # A sum over sources that are not judged would only be read as a judgement.
         left_out.pop(TOGETHER, None)
-        if left_out:
+        if left_out and allowed_left_out is not None:
+            details.append(f"left out by {phase}, which may lose {allowed_left_out:g} on each: {_text(left_out)}")
+            is_kept &= max(map(_sure_rise, left_out.values())) <= allowed_left_out
+        elif left_out:
             details.append(f"not judged, because {phase} does not read them: {_text(left_out)}")
     text = f"{'; '.join(details)}; at most {allowed:g} may be lost on each{BEYOND}"
-    return Findings.of_measurement(worst <= allowed, text)
+    return Findings.of_measurement(worst <= allowed and is_kept, text)
 
 
 def _nothing_to_judge(phase: str) -> Findings:

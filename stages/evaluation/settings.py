@@ -96,6 +96,9 @@ class EvaluationSection(Config):
     the context"""
     bits_per_byte_tolerance: Annotated[float, Range(0, 0.5)] = 0.05
     """maximum increase in bits per byte of the sources that mid-training or a long-context phase reads"""
+    left_out_tolerance: Annotated[float, Range(0, 0.5)] | None = added(None)
+    """maximum increase in bits per byte of each source that earlier phases read and such a phase leaves out; null:
+    these are stated and not judged"""
     min_accuracy_gain: Gain = 0.0
     """gain in accuracy from mid-training that must be exceeded, as far as there is room for it"""
     waived_gates: Annotated[dict[WaivableGate, Line], Field(max_length=len(WAIVABLE_GATES))] = Field({})

@@ -19,7 +19,12 @@ from stages.models.parallel_layout import Layout
 
 
 def token_losses(
-    hidden: Tensor, head: Tensor, labels: Tensor, vocab_size: int, weights: Tensor | None = None
+    hidden: Tensor,
+    head: Tensor,
+    labels: Tensor,
+    vocab_size: int,
+    weights: Tensor | None = None,
+    z_loss: float = 0.0,
 ) -> Tensor:
     """Returns minus the log-probability of each label, fp32 [batch, sequence].
 
@@ -31,10 +36,13 @@ def token_losses(
         weights: Weights of the losses [batch, sequence], if the backward pass is of a multiple of
             sum(weights * losses). The gradients are then computed with the losses, from the same logits. Without them,
             the backward pass computes the logits again.
+        z_loss: Weight of a z-loss beside each loss: the square of the log-sum-exp of the logits, which keeps the logits
+            from drifting (PaLM, arXiv:2204.02311, section 5). It is in the gradients and not in the losses, and
+            needs `weights`.
     """
     flat_weights = None if weights is None else weights.t().flatten().float()
     flat_labels = labels.t().flatten()
-    losses: Tensor = _TokenLosses.apply(hidden.flatten(0, 1), head, flat_labels, vocab_size, flat_weights)
+    losses: Tensor = _TokenLosses.apply(hidden.flatten(0, 1), head, flat_labels, vocab_size, flat_weights, z_loss)
     return losses.view(labels.t().shape).t().contiguous()
 
 
@@ -56,7 +64,13 @@ class _TokenLosses(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, head: Tensor, labels: Tensor, vocab_size: int, weights: Tensor | None
+        ctx: Any,
+        hidden: Tensor,
+        head: Tensor,
+        labels: Tensor,
+        vocab_size: int,
+        weights: Tensor | None,
+        z_loss: float,
     ) -> Tensor:
         ctx.vocab_size = vocab_size
         ctx.has_gradients = weights is not None and any(ctx.needs_input_grad)
@@ -64,7 +78,7 @@ class _TokenLosses(torch.autograd.Function):
         if weights is None or not ctx.has_gradients:
             ctx.save_for_backward(head, hidden, labels)
             return _losses(hidden, head, labels, vocab_size)
-        losses, *gradients = _losses_and_gradients(hidden, head, labels, vocab_size, weights)
+        losses, *gradients = _losses_and_gradients(hidden, head, labels, vocab_size, weights, z_loss)
         ctx.save_for_backward(head, *gradients, weights)
         return losses
 
@@ -79,7 +93,7 @@ class _TokenLosses(torch.autograd.Function):
         else:
             head, hidden, labels = ctx.saved_tensors
             _, of_hidden, of_head = _losses_and_gradients(hidden, head, labels, ctx.vocab_size, gradient)
-        return of_hidden, of_head.to(head.dtype), None, None, None
+        return of_hidden, of_head.to(head.dtype), None, None, None, None
 
 
 def _parts(count: int) -> list[slice]:
@@ -93,9 +107,11 @@ def _losses(hidden: Tensor, head: Tensor, labels: Tensor, vocab_size: int) -> Te
 
 
 def _losses_and_gradients(
-    hidden: Tensor, head: Tensor, labels: Tensor, vocab_size: int, weights: Tensor
+    hidden: Tensor, head: Tensor, labels: Tensor, vocab_size: int, weights: Tensor, z_loss: float = 0.0
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns the losses, and the gradients of sum(weights * losses) with respect to `hidden` and `head`.
+
+    With a z-loss they are those of sum(weights * (losses + z_loss * square of the logits' log-sum-exp)).
 
     That of `hidden` is this tensor rank's share of a sum; that of `head` is in fp32.
     """
@@ -103,9 +119,12 @@ def _losses_and_gradients(
     of_hidden, of_head = torch.empty_like(hidden), torch.zeros_like(head, dtype=torch.float32)
     for part in _parts(len(labels)):
         # `of_logits` begins as the probabilities and becomes the gradient in place.
-        losses[part], of_logits, at_labels, is_here = _slice(hidden[part], head, labels[part], vocab_size)
+        losses[part], of_logits, at_labels, is_here, log_sums = _slice(hidden[part], head, labels[part], vocab_size)
         # d loss / d logits = softmax - one at the label, by the weight of the token.
         of_logits *= weights[part, None]
+        if z_loss:
+            # d log_sum² / d logits = 2 log_sum softmax
+            of_logits *= 1 + 2 * z_loss * log_sums[:, None]
         of_logits[at_labels] -= weights[part] * is_here
         # Under the same name, so that the fp32 tensor is freed before the products.
         of_logits = of_logits.to(hidden.dtype)
@@ -120,11 +139,11 @@ def _losses_and_gradients(
 
 def _slice(
     hidden: Tensor, head: Tensor, labels: Tensor, vocab_size: int
-) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor], Tensor]:
+) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor], Tensor, Tensor]:
     """Returns the losses of a slice of tokens, and what their gradients are made of.
 
     After the losses come the probabilities of this tensor rank's ids, fp32 [tokens, ids]; the indices of the labels in
-    them; and True for each label that this rank has.
+    them; True for each label that this rank has; and the log-sum-exp of the logits [tokens].
     """
     group, rank = parallel_state.get_tensor_model_parallel_group(), parallel_state.get_tensor_model_parallel_rank()
     logits = hidden @ head.t()
@@ -148,7 +167,8 @@ def _slice(
     if group.size() > 1:
         dist.all_reduce(sums, group=group)
     label_logits, total = sums
-    return total.log() - label_logits, exponentials.div_(total[:, None]), at_labels, is_here
+    log_total = total.log()
+    return log_total - label_logits, exponentials.div_(total[:, None]), at_labels, is_here, maxima + log_total
 
 
 class LanguageModel(GPTModel):  # type: ignore[misc]
@@ -161,11 +181,13 @@ class LanguageModel(GPTModel):  # type: ignore[misc]
     Attributes:
         layout: The layout, which states whether losses are computed by slices.
         real_vocab_size: Ids from this one on are padding.
+        z_loss: Weight of the z-loss of the logits (`token_losses`).
         targets: The targets of the present forward pass; None for all tokens.
     """
 
     layout: Layout
     real_vocab_size: int
+    z_loss: float = 0.0
     targets: Tensor | None = None
 
     def forward(self, *inputs: Any, targets: Tensor | None = None, **keywords: Any) -> Any:
@@ -179,7 +201,10 @@ class LanguageModel(GPTModel):  # type: ignore[misc]
             return self._megatron_postprocess(hidden_states, labels, loss_mask, inputs)
         targets, all_labels = self.targets, labels
         is_sliced = self.layout.slices_loss(
-            labels.numel() if targets is None else targets.shape[1], self.config.hidden_size, self.vocab_size
+            labels.numel() if targets is None else targets.shape[1],
+            self.config.hidden_size,
+            self.vocab_size,
+            has_z_loss=self.z_loss > 0,
         )
         if self.layout.tp > 1 and (is_sliced or targets is not None):
             # Collective among the tensor ranks: each has a part of the vocabulary and needs all tokens. The backward
@@ -197,7 +222,7 @@ class LanguageModel(GPTModel):  # type: ignore[misc]
                 hook(self.output_layer, ())
             shared = self.share_embeddings_and_output_weights
             head = self.shared_embedding_or_output_weight() if shared else self.output_layer.weight
-            losses = token_losses(hidden_states, head, labels, self.real_vocab_size, loss_mask)
+            losses = token_losses(hidden_states, head, labels, self.real_vocab_size, loss_mask, self.z_loss)
         else:
             losses = self._megatron_postprocess(hidden_states, labels, loss_mask, inputs)
         if targets is None:

@@ -123,6 +123,7 @@ class Activations:
         pipeline_rank: The position of the rank in the pipeline.
         fused: True if kernels are fused, as in `ModelConfig.layer_activations`.
         frozen: True if the embedding and the head have no gradients.
+        has_z_loss: True if the output logits have a z-loss, with which the loss is sliced in any case.
     """
 
     model: ModelConfig
@@ -134,6 +135,7 @@ class Activations:
     pipeline_rank: int
     fused: bool = False
     frozen: bool = False
+    has_z_loss: bool = False
 
     @property
     def size(self) -> int:
@@ -295,7 +297,7 @@ class Activations:
         converted = size if size < SOFTMAX else 0  # of a logit in the model's type beside the one in fp32
 
         # With targets and tensor ranks the loss is sliced in any case (language_model.py).
-        is_sliced = layout.slices_loss(tokens, hidden, self.padded_vocab_size)
+        is_sliced = layout.slices_loss(tokens, hidden, self.padded_vocab_size, self.has_z_loss)
         if not is_sliced and (rows.targets is None or layout.tp == 1):
             softmax, logits = SOFTMAX * vocab * tokens, size * vocab * tokens
             return softmax, max(softmax + converted * vocab * tokens, logits + (0 if self.frozen else head))

@@ -23,7 +23,7 @@ from stages.mcore.row_tables import RowTables, frequencies, megatron_yarn
 from stages.mcore.tensor_sharding import is_copied
 from stages.models.base import ModelConfig, Precision, layers_in_bf16
 from stages.models.parallel_layout import Fusion, Layout
-from stages.models.param_names import BIASES, BUFFERS, INTO_THE_STREAM, MATRICES, global_name
+from stages.models.param_names import BIASES, BUFFERS, EMBEDDING, INTO_THE_STREAM, MATRICES, global_name
 
 FUSIONS: dict[Fusion, tuple[dict[str, Any], str, str]] = {
     # Megatron's settings; the name in Megatron that is there with the kernel; what that takes
@@ -222,7 +222,7 @@ def _named_members(chunks: Sequence[GPTModel], kind: str) -> Iterator[tuple[str,
             name = global_name(local, layers, first_expert)
             # The last stage's copy of the table is the same tensor in a checkpoint.
             if gpt.share_embeddings_and_output_weights and name == "output_layer.weight":
-                name = "embedding.word_embeddings.weight"
+                name = EMBEDDING
             yield name, tensor
 
 

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Union
 
 from pydantic import Discriminator, Tag, model_validator
 
-from pipeline.core.bounds import Range, Steps
+from pipeline.core.bounds import Flag, Range, Steps
 from pipeline.core.extensions import extend
 from pipeline.core.stage import Config, added
-from stages.models.param_names import BUFFERS
+from stages.models.param_names import BUFFERS, EMBEDDING
 
 if TYPE_CHECKING:
     import torch
@@ -71,6 +71,8 @@ class OptimizerSettings(Config):
     """steps of linear warmup"""
     weight_decay: Annotated[float, Range(0, 10, "usual: 0 to 0.1")] = 0.1
     """decoupled weight decay; norms are not decayed"""
+    decay_embeddings: Flag = added(True)
+    """apply weight_decay to the embedding too; an output head that is not tied to it is decayed in any case"""
     beta1: Beta = 0.9
     """decay rate of the running mean of gradients"""
     beta2: Beta = 0.95
@@ -154,7 +156,13 @@ class OptimizerSettings(Config):
             shapes: Full shape of each tensor that training changes.
             settings: Of Megatron's OptimizerConfig, on the layout and the precision of the phase.
         """
-        from stages.mcore.megatron_imports import OptimizerConfig, get_megatron_optimizer
+        from stages.mcore.megatron_imports import (
+            OptimizerConfig,
+            ParamKey,
+            ParamPredicate,
+            get_megatron_optimizer,
+            get_standard_config_overrides,
+        )
 
         config = OptimizerConfig(
             optimizer="adam",
@@ -166,8 +174,13 @@ class OptimizerSettings(Config):
             use_distributed_optimizer=True,
             **settings,
         )
+        overrides = get_standard_config_overrides(config)
+        if not self.decay_embeddings:
+            # By identity: the copy of a tied table on the last pipeline stage has the name of an output head.
+            tables = {id(tensor) for name, tensor in parameters.items() if name == EMBEDDING}
+            overrides[ParamKey(predicate=ParamPredicate("embedding", lambda x: id(x) in tables))] = {"wd_mult": 0.0}
         # Only Megatron's own checkpoints need groups of gloo, which connect every rank with every other one.
-        return get_megatron_optimizer(config, list(chunks), use_gloo_process_groups=False)
+        return get_megatron_optimizer(config, list(chunks), overrides, use_gloo_process_groups=False)
 
 
 def is_matrix(name: str, shape: tuple[int, ...]) -> bool:

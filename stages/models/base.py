@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
 from pipeline.core.bounds import Context, Flag, Range
 from pipeline.core.stage import Config, added
 from stages.models.parallel_layout import Layout
-from stages.models.param_names import BUFFERS, is_cut
+from stages.models.param_names import BUFFERS, EMBEDDING, is_cut
 
 SLICE = 128
 """Queries in one call of attention by slices (stages/mcore/row_tables.py)."""
@@ -291,7 +291,7 @@ class ModelConfig(Config, ABC):
     def shapes(self, padded_vocab_size: int) -> Shapes:
         """The global name and full shape of every tensor, as stages/models/param_names.py names them."""
         table = (padded_vocab_size, self.hidden_size)
-        out: Shapes = {"embedding.word_embeddings.weight": table}
+        out: Shapes = {EMBEDDING: table}
         for layer in range(self.layers):
             at = f"decoder.layers.{layer}."
             expert: Shapes = {}

@@ -92,12 +92,14 @@ class Layout(Config):
         """True if it names a kernel of Transformer Engine, without which its phase is refused."""
         return not {"permute", "router", "cross_entropy", "rope"}.isdisjoint(self.fusions or ())
 
-    def slices_loss(self, tokens: float, hidden_size: int, padded_vocab_size: int) -> bool:
+    def slices_loss(self, tokens: float, hidden_size: int, padded_vocab_size: int, has_z_loss: bool = False) -> bool:
         """Returns True if the loss of a micro-batch is computed by slices of tokens.
 
-        It is if all logits take more memory than a slice and the fp32 sum of the head's gradients. `tokens` are those
-        on one context rank.
+        It is if all logits take more memory than a slice and the fp32 sum of the head's gradients, and with a z-loss of
+        the logits, which the other losses do not have. `tokens` are those on one context rank.
         """
+        if has_z_loss:
+            return True
         by_engine = "cross_entropy" in (self.fusions or ())
         is_large = tokens * padded_vocab_size > MOST_LOGITS * self.tp
         return not by_engine and is_large and tokens >= LOSS_SLICE + hidden_size

@@ -22,6 +22,8 @@ _RENAMED = {
     ".parametrizations.weight.0.lora_": ".lora_",
 }
 
+EMBEDDING = "embedding.word_embeddings.weight"
+"""The table of the vocabulary, which is the output head too if they are tied."""
 BUFFERS = (".expert_bias",)
 """Suffixes of the names of buffers that training changes without a gradient: the optimizer has no moments of them."""
 

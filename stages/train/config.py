@@ -17,7 +17,7 @@ from stages.data.order.order_config import LongDocuments, rows_from
 from stages.mcore.layout_check import multiples_around, problem
 from stages.mcore.lora import Lora
 from stages.mcore.optimizer import Optimizer
-from stages.models.base import MOST_PARAMETERS, PositiveInt, Precision, Rope
+from stages.models.base import MOST_PARAMETERS, LossWeight, PositiveInt, Precision, Rope
 from stages.models.parallel_layout import Layout
 from stages.models.registry import Model
 
@@ -27,6 +27,8 @@ WORK_CHECKPOINTS = 2
 """The newest work checkpoints that are kept."""
 MOST_EXCLUDED = 10_000
 """Steps of one phase."""
+MOST_RELEASE_STEPS = 100
+"""Release checkpoints of one phase beside those at an interval."""
 
 
 class RampStep(Config):
@@ -127,6 +129,11 @@ class PhaseBase(Config):
         return None
 
     @property
+    def logit_z_loss(self) -> float:
+        """Weight of the z-loss of the output logits; 0: off."""
+        return 0.0
+
+    @property
     def quantized(self) -> bool:
         """True if matrix products multiply numbers of 8 or 4 bits."""
         return self.precision not in ("fp32", "bf16")
@@ -140,6 +147,10 @@ class PhaseBase(Config):
     def all_updates(self) -> int:
         """Updates of the weights, which the optimizer's schedule counts."""
         return self.steps
+
+    def is_release_step(self, step: int) -> bool:
+        """Returns True if a step, counted from 1, has a release checkpoint. The last one always has."""
+        return step == self.steps or step % self.release_checkpoint_interval == 0
 
     @property
     def micro_batch_counts(self) -> list[int]:
@@ -175,6 +186,11 @@ class PhaseConfig(PhaseBase):
     optimizer_state: Literal["fresh", "carried"] = added("fresh")
     """fresh: the optimizer begins anew; carried: its states and its count of updates are those of the last release
     checkpoint of the phase before"""
+    output_z_loss: LossWeight = added(0.0)
+    """weight of the z-loss of the output, the squared log-sum-exp of a token's logits; stated losses are without it;
+    0: off"""
+    release_checkpoint_steps: tuple[Steps, ...] = added((), max_length=MOST_RELEASE_STEPS)
+    """further steps with sealed checkpoints, such as 1, 2, 4, 8, beside those of release_checkpoint_interval"""
     merge: Merge | None = added(None)
     """averages the weights of the phase's last release checkpoints; the next phase and the export read the average;
     null: they read the last checkpoint"""
@@ -209,6 +225,11 @@ class PhaseConfig(PhaseBase):
             )
         if self.long_documents and not self.pack:
             raise ValueError("long_documents = … weighs chunks by their tokens, which only packed rows do; set pack")
+        release_steps = self.release_checkpoint_steps
+        if list(release_steps) != sorted(set(release_steps)) or (release_steps and release_steps[-1] > self.steps):
+            raise ValueError(
+                f"release_checkpoint_steps = {shown(release_steps)} must increase, up to steps = {self.steps} at most"
+            )
         if self.excluded_steps and max(self.excluded_steps) > self.steps:
             raise ValueError(
                 f"excluded_steps = {shown(self.excluded_steps)} goes beyond steps = {self.steps}; leave later ones out"
@@ -239,11 +260,20 @@ class PhaseConfig(PhaseBase):
     def last_release_steps(self, count: int) -> list[int]:
         """Returns the steps of the last release checkpoints that the phase trains, ascending: `count`, or all."""
         steps, step = list[int](), self.steps
+        further = set(self.release_checkpoint_steps)
         while step >= self.first_step and len(steps) < count:
             steps.append(step)
             # The last step has a checkpoint, whether or not it is a multiple of the interval.
-            step = (step - 1) // self.release_checkpoint_interval * self.release_checkpoint_interval
+            regular = (step - 1) // self.release_checkpoint_interval * self.release_checkpoint_interval
+            step = max([regular, *(each for each in further if each < step)])
         return steps[::-1]
+
+    def is_release_step(self, step: int) -> bool:
+        return super().is_release_step(step) or step in self.release_checkpoint_steps
+
+    @property
+    def logit_z_loss(self) -> float:
+        return self.output_z_loss
 
     @property
     def first_step(self) -> int:

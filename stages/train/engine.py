@@ -142,6 +142,8 @@ class Engine:
                 )
             # Before DDP, which makes buffers of gradients for the parameters that require them now.
             lora_layers.install(self.chunks, self.lora)
+        for chunk in self.chunks:
+            chunk.z_loss = config.phase.logit_z_loss
         self.routers = RouterWatch(self.chunks, model.routing) if model.routing else None
         megatron = self.chunks[0].config
         # Float16Module converts the weights, and inputs and outputs at the ends of the pipeline.

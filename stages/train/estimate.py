@@ -128,8 +128,8 @@ def rank_memory(config: TrainerConfig, rows: Rows, pipeline_rank: int) -> tuple[
     # The largest batch of a ramp has the most micro-batches in flight.
     micro_batches = max(phase.micro_batch_counts) // layout.data
     share = memory_share(model, vocabulary, layout, pipeline_rank)
-    frozen = phase.adapter is not None
-    on_rank = Activations(model, vocabulary, layout, phase.precision, rows, micro_batches, pipeline_rank, frozen=frozen)
+    settings = {"frozen": phase.adapter is not None, "has_z_loss": phase.logit_z_loss > 0}
+    on_rank = Activations(model, vocabulary, layout, phase.precision, rows, micro_batches, pipeline_rank, **settings)
     activations = on_rank.peak()
     state = state_bytes(share, layout, phase.precision, phase.optimizer)
     # before the update gradients are scaled, each with a copy; a table's is large
@@ -160,10 +160,10 @@ def adapter_share(config: TrainerConfig, pipeline_rank: int) -> MemoryShare:
 def release_checkpoints(phase: PhaseConfig) -> int:
     """Checkpoints that a phase seals: step 0 unless it continues, every n-th and the last."""
     interval, last, first = phase.release_checkpoint_interval, phase.steps, phase.first_step
-    count = last // interval - (first - 1) // interval
-    if first == 1:
-        count += 1
-    return count if last % interval == 0 else count + 1
+    further = {last, *(step for step in phase.release_checkpoint_steps if step >= first)}
+    # Of all steps, a phase may have a billion, but few are listed.
+    count = last // interval - (first - 1) // interval + sum(step % interval > 0 for step in further)
+    return count + 1 if first == 1 else count
 
 
 @dataclass(frozen=True)

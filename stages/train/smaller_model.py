@@ -55,7 +55,7 @@ class SmallerModel(Config):
         whole = model.with_rope(phase.rope, model.context_length)
         smaller = with_settings(whole.model_dump(mode="json"), self.model)
         changes: dict[str, Any] = {"release_checkpoint_interval": phase.steps, "parallelism": self.parallelism}
-        changes["merge"] = None
+        changes |= {"release_checkpoint_steps": (), "merge": None}
         if self.optimizer is not None:
             changes["optimizer"] = self.optimizer
         return smaller, phase.model_copy(update=changes)

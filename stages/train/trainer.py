@@ -124,8 +124,7 @@ class Trainer(ABC):
 
     def is_release_step(self, step: int) -> bool:
         """Returns True if a step has a release checkpoint. Step 0 is the last step of another phase."""
-        phase = self.config.phase
-        return step > 0 and (step == phase.steps or step % phase.release_checkpoint_interval == 0)
+        return step > 0 and self.config.phase.is_release_step(step)
 
     def learning_rate(self, update: int) -> float:
         """The learning rate of an update of the weights, counted from 1."""

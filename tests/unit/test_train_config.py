@@ -18,6 +18,7 @@ from stages.mcore.optimizer import Adam
 from stages.models.mixture import Qwen3MoeConfig
 from stages.models.parallel_layout import Layout
 from stages.train.config import PhaseConfig, TrainConfig
+from stages.train.estimate import release_checkpoints
 from tests.fixtures import ROOT, train_fixtures
 
 
@@ -122,6 +123,17 @@ def test_a_wrong_number_of_processes_is_refused() -> None:
         pass
 
 
+def test_listed_steps_have_release_checkpoints_too() -> None:
+    phase = TrainConfig.model_validate(train_fixtures.config(release_checkpoint_steps=[1, 2, 4, 6, 11])).phase
+
+    assert [step for step in range(1, 13) if phase.is_release_step(step)] == [1, 2, 4, 6, 11, 12]
+    assert phase.last_release_steps(4) == [4, 6, 11, 12] and phase.last_release_steps(9)[:3] == [1, 2, 4]
+    # With that of step 0.
+    assert release_checkpoints(phase) == 7
+    continued = phase.model_copy(update={"continue_from": "pretrain@4"})
+    assert release_checkpoints(continued) == len(continued.last_release_steps(99)) == 3
+
+
 def test_work_checkpoints_are_not_identity() -> None:
     from pipeline.core.stage import identity
 
@@ -149,6 +161,8 @@ def test_work_checkpoints_are_not_identity() -> None:
         ({"long_documents": {"over": 32, "share": 0.5}, "pack": True}, "long_documents.over = 32 leaves no chunk of sequence_length = 32"),
         ({"excluded_steps": list(range(1, 13))}, "leaves no step to train; leave some in"),
         ({"excluded_steps": [3, 13]}, "excluded_steps = [3, 13] goes beyond steps = 12; leave later ones out"),
+        ({"release_checkpoint_steps": [2, 1]}, "release_checkpoint_steps = [2, 1] must increase, up to steps = 12"),
+        ({"release_checkpoint_steps": [2, 13]}, "must increase, up to steps = 12 at most"),
         ({"spikes": {"action": "skip", "window": 1}}, "Input should be greater than or equal to 4"),
         ({"precision": "fp8"}, "'fp32', 'bf16', 'fp8-tensorwise', 'fp8-blockwise', 'mxfp8' or 'nvfp4'"),
     ],

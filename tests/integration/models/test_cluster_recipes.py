@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections import Counter
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -185,6 +186,16 @@ def test_the_story_of_a_recipe(name: str) -> None:
     rows = [config.phase.sequence_length for _, config in story]
     assert rows[:-1] == sorted(rows[:-1]) and rows[-2] == 131072 == story[-1][1].model.context_length
     assert story[-1][0] == "sft" and rows[-1] == pretrain.sequence_length
+    # One anneal: the rate of pre-training stays, and each later phase on text begins with the rate and moments before it.
+    phases = [config.phase for _, config in story[:-1]]
+    assert pretrain.optimizer.final_lr == pretrain.optimizer.lr and phases[-1].optimizer.final_lr == 0
+    for before, after in pairwise(phases):
+        assert after.optimizer_state == "carried" and not after.optimizer.warmup_steps
+        assert after.optimizer.lr == before.optimizer.final_lr
+    assert all(phase.output_z_loss and not phase.optimizer.decay_embeddings for phase in phases)
+    evaluation = composed(name).recipe.config.evaluation
+    assert evaluation.context.longest == 131072 and evaluation.left_out_tolerance
+    assert story[0][1].model.balance == "global"
     for _, config in story:
         assert config.phase.precision == "bf16" or fp8_is_faster(PUBLISHED[name])
         assert len(config.phase.micro_batch_counts) == len(config.phase.batch.ramp) + 1

@@ -87,6 +87,11 @@ def test_a_phase_is_not_refused_for_a_source_that_it_does_not_read(built: Path) 
     assert result.ok
     stated = f"not judged, because midtrain does not read them: sums {before:.4f} → {before + 1:.4f}"
     assert stated in result.detail and "together" not in result.detail
+    # A recipe can set a limit for what a phase leaves out.
+    for limit, ok in ((2.0, True), (0.3, False)):
+        limits = {**LIMITS, "left_out_tolerance": limit}
+        (result,) = run(("midtraining_keeps_bits_per_byte",), BuildContext(context.release, limits))
+        assert result.ok == ok and f"left out by midtrain, which may lose {limit:g} on each: sums" in result.detail
     data.order["midtrain"].parts[0].by_source.clear()
     assert "no source that midtrain reads has held-out documents" in failures(LEARNING, context).popitem()[1]
 

@@ -7,18 +7,27 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from pipeline.core.errors import AtomError
 from pipeline.core.store import no_progress, write_manifest
 from stages.models.mixture import Qwen3MoeConfig
+from stages.models.param_names import EMBEDDING
 from stages.train import parallel
 from stages.train.checkpoint import release_checkpoint
 from stages.train.checkpoint.load_checkpoint import Origin
 from stages.train.config import TrainConfig
+from stages.train.data import Batch, RankBatch
 from stages.train.engine import Engine
 from tests.fixtures import layout_fixtures, train_fixtures
 
 OPTIMIZER: dict[str, Any] = {"kind": "muon", "lr": 2e-2, "final_lr": 1e-2, "warmup_steps": 3, "weight_decay": 0.05}
+
+
+def batch_of_one() -> RankBatch:
+    """One row of 16 tokens."""
+    ids, labels = torch.randint(train_fixtures.VOCAB, (2, 1, 16), generator=torch.Generator().manual_seed(0))
+    return RankBatch([Batch(ids, labels, torch.ones(1, 16), torch.zeros(1, 16, dtype=torch.bool), None)], 16, 16)
 
 
 @pytest.fixture(scope="module")
@@ -30,14 +39,42 @@ def trained(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "out"
 
 
+@pytest.mark.parametrize("kind", ["adam", "muon"])
+def test_an_embedding_without_weight_decay(kind: str) -> None:
+    """After one step, by hand: the decay of lr x weight_decay x weight is missing from the table, and from nothing else."""
+    rate, first, after = 1e-2, dict[str, torch.Tensor](), list[dict[str, torch.Tensor]]()
+    for decays in (True, False):
+        # Without clipping, by a norm whose sum has another order with other groups.
+        optimizer = {**OPTIMIZER, "kind": kind, "decay_embeddings": decays, "clip": 1000}
+        config = TrainConfig.model_validate(train_fixtures.config(optimizer=optimizer))
+        with parallel.session(0) as ranks:
+            engine = Engine(config, ranks, train_fixtures.VOCAB)
+            engine.initialize()
+            first = {name: tensor.clone() for name, tensor in engine.full_tensors().items()}
+            engine.step(batch_of_one(), rate, lambda loss, norm: None)
+            after.append({name: tensor.clone() for name, tensor in engine.full_tensors().items()})
+
+    decayed, kept = after
+    missing = {name for name in first if not torch.equal(decayed[name], kept[name])}
+    assert missing == {EMBEDDING}
+    table = first[EMBEDDING]
+    torch.testing.assert_close(
+        kept[EMBEDDING] - decayed[EMBEDDING], rate * OPTIMIZER["weight_decay"] * table, rtol=1e-3, atol=1e-7
+    )
+
+
 @pytest.mark.numeric
 def test_ranks_that_share_matrices_train_like_one(tmp_path: Path) -> None:
-    """Data ranks have slices of matrices, tensor ranks rows or columns of most, and expert ranks some of the experts."""
+    """Data ranks have slices of matrices, tensor ranks rows or columns of most, and expert ranks some of the experts.
+
+    Tensor ranks also share the log-sum-exp of a z-loss, and pipeline ranks have a tied table twice, which is not decayed.
+    """
     corpus = tmp_path / "corpus"
     train_fixtures.make(corpus, {"batch": layout_fixtures.BATCH})
-    settings = layout_fixtures.settings_of({}, 1, optimizer=OPTIMIZER)
+    optimizer = {**OPTIMIZER, "decay_embeddings": False}
+    settings = layout_fixtures.settings_of({}, 1, optimizer=optimizer, output_z_loss=1e-3)
     one = layout_fixtures.train(corpus, settings, 5)
-    layouts = {name: layout_fixtures.TWO[name] for name in ("DP2", "TP2+SP", "EP2")}
+    layouts = {name: layout_fixtures.TWO[name] for name in ("DP2", "TP2+SP", "EP2", "PP2")}
 
     curves = layout_fixtures.compare(corpus, layouts, 2, settings, tmp_path / "two.json")
 

@@ -11,6 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from stages.mcore.language_model import token_losses
 from stages.mcore.model import named_tensors
 from stages.models import parallel_layout
 from stages.models.parallel_layout import Layout
@@ -102,6 +103,36 @@ def test_loss_and_gradients_are_megatrons(
     assert difference(sliced_bf16, plain, *plain) < 1.1 * difference(plain_bf16, plain, *plain)
 
 
+def test_z_loss_is_in_the_gradients_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against autograd of the formula, by hand: loss + weight x log-sum-exp², over the ids that exist."""
+    monkeypatch.setattr(parallel_layout, "LOSS_SLICE", 5)
+    generator, ids, weight = torch.Generator().manual_seed(0), 9, 0.1
+    hidden = torch.randn(8, 2, 4, generator=generator, requires_grad=True)
+    head = torch.randn(12, 4, generator=generator, requires_grad=True)
+    labels = torch.randint(ids, (2, 8), generator=generator)
+    mask = (torch.rand(2, 8, generator=generator) < 0.7).float()
+    with parallel.session(0):
+        losses = token_losses(hidden, head, labels, ids, mask, weight)
+        gradients = torch.autograd.grad((losses * mask).sum() / 3, (hidden, head))
+
+    logits = (hidden @ head.t())[..., :ids].transpose(0, 1)
+    plain = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view(2, 8)
+    with_z = plain + weight * logits.logsumexp(-1) ** 2
+    expected = torch.autograd.grad((with_z * mask).sum() / 3, (hidden, head))
+    torch.testing.assert_close(losses, plain)
+    torch.testing.assert_close(gradients, expected)
+
+
+def test_a_phase_with_z_loss() -> None:
+    """The phase's setting reaches the gradients, with logits that are few, and changes no stated loss."""
+    batch, settings = batch_of(False), settings_of()
+    plain = step(cross_entropy, settings, batch)
+    with_z = step(cross_entropy, settings | {"phase": {**settings["phase"], "output_z_loss": 1e-2}}, batch)
+    for name in ("loss", "evaluated"):
+        torch.testing.assert_close(with_z[name], plain[name])
+    assert difference(with_z, plain, "decoder.final_layernorm.weight") > 0.01
+
+
 class Largest(TorchDispatchMode):
     """The number of elements of the largest tensor that an operation made."""
 
@@ -140,6 +171,7 @@ def test_when_the_loss_is_sliced() -> None:
     """By the recipe's sizes: atom-tiny-long's longest micro-batch is not; those of most recipes for clusters are."""
     assert not Layout().slices_loss(8192, 96, 512) and Layout().slices_loss(8193, 96, 512)
     assert Layout().slices_loss(4096, 2048, 151936)
+    assert Layout(fusions=("cross_entropy",)).slices_loss(8, 96, 512, has_z_loss=True), "the others have none"
     assert not Layout().slices_loss(4096, 4096, 151936), "the gradient of the head would take as much as its logits"
     split = Layout(ranks=4, tp=4)
     assert not split.slices_loss(8192, 1024, 2048) and split.slices_loss(8200, 1024, 2048)
