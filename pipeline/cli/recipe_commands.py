@@ -7,7 +7,7 @@ import sys
 import textwrap
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -22,6 +22,10 @@ from pipeline.operations.command_options import (
     open_store,
     warn_of_home,
 )
+
+if TYPE_CHECKING:
+    from pipeline.graph.dag import Graph
+    from pipeline.launch.cluster_profile import Profile
 
 app = typer.Typer()
 # Of what `atom plan` prints, as its tables need it.

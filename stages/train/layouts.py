@@ -16,9 +16,9 @@ from typing import get_args
 from pipeline.core.stage import Accelerator, Alternative
 from stages.mcore.layout_check import divisors, problem
 from stages.mcore.throughput import shape_of
-from stages.models.base import ModelConfig, Rows
+from stages.models.base import Rows
 from stages.models.parallel_layout import Layout
-from stages.train.config import PhaseConfig, TrainConfig
+from stages.train.config import TrainConfig
 from stages.train.estimate import fullest, training_seconds
 
 CONTEXT_TOKENS = 4096
@@ -67,12 +67,13 @@ def _timed(config: TrainConfig, gpu: Accelerator) -> Iterator[tuple[float, int, 
     shape, number = shape_of(model, vocabulary), itertools.count()
     # Each batch of a ramp is divided among the data ranks and into micro-batches.
     batch_rows = math.gcd(phase.rows_of(phase.steps), *(rows for _, rows in phase.row_ramp))
-    for layout in _layouts(phase, model, gpu.nvlink_gpus):
+    for layout in _layouts(config, gpu.nvlink_gpus):
+        if phase.adapter and phase.adapter.problem(layout, phase.precision, model):
+            continue
         for rows in divisors(batch_rows // layout.data) if batch_rows % layout.data == 0 else ():
             batch = phase.batch.model_copy(update={"micro_tokens": rows * phase.sequence_length})
             changed = phase.model_copy(update={"parallelism": layout, "batch": batch})
-            wrong = problem(layout, model, vocabulary, changed.micro_batch_counts, phase.packed)
-            if wrong or (phase.adapter and phase.adapter.problem(layout, phase.precision, model)):
+            if problem(layout, model, vocabulary, changed.micro_batch_counts, phase.packed):
                 continue
             other = config.model_copy(update={"phase": changed})
             seconds = training_seconds(other, gpu, shape)
@@ -80,24 +81,25 @@ def _timed(config: TrainConfig, gpu: Accelerator) -> Iterator[tuple[float, int, 
             yield float(f"{seconds:.3e}"), splits, next(number), other
 
 
-def _layouts(phase: PhaseConfig, model: ModelConfig, domain: int) -> Iterator[Layout]:
-    """Yields the layouts whose sizes divide the ranks and the experts.
+def _layouts(config: TrainConfig, domain: int) -> Iterator[Layout]:
+    """Yields the layouts of the phase's ranks that the engine accepts for some batch.
 
     Tensor ranks stay in an NVLink domain of `domain` GPUs. Context ranks beside them do too, unless those of the recipe
     do not, because their traffic counts as hidden.
     """
-    written, experts = phase.parallelism, model.routing.experts if model.routing else 1
+    phase, model, written = config.phase, config.model, config.phase.parallelism
     ranks, contexts = divisors(written.ranks), max(1, phase.sequence_length // CONTEXT_TOKENS)
-    inside = max(domain, written.tp * written.cp)
+    inside, experts = max(domain, written.tp * written.cp), model.routing.experts if model.routing else 1
     recomputes, dispatchers = (get_args(Layout.model_fields[name].annotation) for name in ("recompute", "dispatcher"))
     for tp, pp, cp, ep in itertools.product(ranks, ranks, ranks, divisors(experts)):
         if tp > domain or tp * cp > inside or cp > contexts or pp > model.layers or written.ranks % (tp * pp * cp):
             continue
         chunks = [count for count in divisors(-(-model.layers // pp)) if count <= MOST_CHUNKS] if pp > 1 else [1]
-        sizes = {"tp": tp, "pp": pp, "cp": cp, "ep": ep}
         # Only experts on several ranks can be whole where attention is split.
-        for etp, vpp, recompute, dispatcher in itertools.product(
-            (None, 1) if tp > 1 and ep > 1 else (None,), chunks, recomputes, dispatchers if ep > 1 else ("alltoall",)
-        ):
-            varied = sizes | {"etp": etp, "vpp": vpp, "recompute": recompute, "dispatcher": dispatcher}
-            yield written.model_copy(update=varied)
+        for etp, vpp in itertools.product((None, 1) if tp > 1 and ep > 1 else (None,), chunks):
+            sizes = {"tp": tp, "pp": pp, "cp": cp, "ep": ep, "etp": etp, "vpp": vpp}
+            layout = written.model_copy(update=sizes)
+            if problem(layout, model, config.padded_vocab_size, (), phase.packed):
+                continue
+            for recompute, dispatcher in itertools.product(recomputes, dispatchers if ep > 1 else ("alltoall",)):
+                yield layout.model_copy(update={"recompute": recompute, "dispatcher": dispatcher})
