@@ -188,8 +188,8 @@ def plan(
             "absent": list(composed.absent),
             "stages": [r.json() for r in rows],
         }
-        for stage, stage_fit in zip(body["stages"], fitting, strict=bool(fitting)):
-            stage |= {"fits": not stage_fit.reasons, "reasons": list(stage_fit.reasons)}
+        for entry, stage_fit in zip(body["stages"], fitting, strict=bool(fitting)):
+            entry |= {"fits": not stage_fit.reasons, "reasons": list(stage_fit.reasons)}
         if simulations:
             body["simulations"] = {name: asdict(result) for name, result in simulations.items()}
         body["supply"] = [row.json() for row in supplies]

@@ -126,8 +126,8 @@ def search(graph: Graph, name: str, profile: Profile) -> Search:
     time = node.stage.time(node.config, accelerator)
     assumed = (
         f"assumed: {gpu.name} by a model of compute, memory and network, with even routing; {model_error(time)}",
-        f"found layouts take at most {HEADROOM:.0%} of gpu.memory_gb = {gpu.memory_gb:g}, since real routing is less even; "
-        "ranks and batches stay, and the smallest batch limits the rows of a micro-batch",
+        f"found layouts take at most {HEADROOM:.0%} of gpu.memory_gb = {gpu.memory_gb:g}, since real routing is less "
+        "even; ranks and batches stay, and the smallest batch limits the rows of a micro-batch",
     )
     return Search(name, profile, _figures(_row(graph, node), first, profile, time), tuple(found), assumed)
 

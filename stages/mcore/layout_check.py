@@ -26,9 +26,8 @@ def problem(
     sizes = {"tp": layout.tp, "etp": layout.split_experts, "ep": layout.ep}
     for field, dimension, value in [*model.split_sizes(), ("tp", "padded_vocab_size", padded_vocab_size)]:
         if value % (size := sizes[field]):
-            return (
-                f"parallelism.{field} = {size} does not divide {dimension} = {value}; nearest: {_divisors_around(value, size)}"
-            )
+            nearest = _divisors_around(value, size)
+            return f"parallelism.{field} = {size} does not divide {dimension} = {value}; nearest: {nearest}"
     # Every chunk has equally many layers; Megatron's uneven stages are not supported here.
     chunks = layout.pp * layout.vpp
     if model.layers % chunks:

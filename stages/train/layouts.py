@@ -24,8 +24,10 @@ from stages.train.estimate import fullest, training_seconds
 CONTEXT_TOKENS = 4096
 """Tokens of a row that each context rank has at least."""
 MOST_CHUNKS = 24
-"""Chunks of a pipeline rank at most, as in published runs (bench/anchors.csv). Its traffic, which grows with them, counts
-as hidden."""
+"""Chunks of a pipeline rank at most, as in published runs (bench/anchors.csv).
+
+Traffic of the pipeline, which grows with them, counts as hidden.
+"""
 MISSING = {"flex": "deep_ep"}
 """Packages that dispatchers need and that the project's image lacks."""
 
@@ -62,7 +64,7 @@ def _alternative(config: TrainConfig) -> Alternative[TrainConfig]:
 
 
 def _timed(config: TrainConfig, gpu: Accelerator) -> Iterator[tuple[float, int, int, TrainConfig]]:
-    """Yields (seconds in four digits, product of the splits, number, config) of each layout that can train the phase."""
+    """Yields (seconds in four digits, product of the splits, number, config) of each layout that is possible."""
     phase, model, vocabulary = config.phase, config.model, config.padded_vocab_size
     shape, number = shape_of(model, vocabulary), itertools.count()
     # Each batch of a ramp is divided among the data ranks and into micro-batches.
