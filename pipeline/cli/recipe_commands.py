@@ -169,8 +169,7 @@ def plan(
         _search(composed, stage or "pretrain", profile, as_json)
         return
     if search or stage is not None:
-        missing = "--cluster, with the figures of a GPU" if search else "--search, whose phase it names"
-        raise AtomError(f"{'--search' if search else '--stage'} needs {missing}; add it")
+        raise AtomError("--search needs --cluster, and --stage names the phase of --search; add what is missing")
     other_python = profile is not None and profile.other_python
     rows = plan.plan(composed, dag.states(composed, store), composed.select(until, only), other_python)
     costs, beyond, fitting, identity = None, [], [], composed.recipe.config

@@ -74,13 +74,9 @@ class Search:
 
     def json(self) -> dict[str, Any]:
         prices = self.profile.costs()
-        return {
-            "phase": self.phase,
+        return asdict(self) | {
             "profile": self.profile.name,
             "currency": prices["currency"] if prices else None,
-            "written": asdict(self.written),
-            "found": [asdict(layout) for layout in self.found],
-            "assumed": list(self.assumed),
         }
 
 
