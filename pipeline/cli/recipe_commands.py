@@ -7,7 +7,7 @@ import sys
 import textwrap
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -22,6 +22,10 @@ from pipeline.operations.command_options import (
     open_store,
     warn_of_home,
 )
+
+if TYPE_CHECKING:
+    from pipeline.graph.dag import Graph
+    from pipeline.launch.cluster_profile import Profile
 
 app = typer.Typer()
 # Of what `atom plan` prints, as its tables need it.
@@ -123,6 +127,12 @@ def plan(
         int | None,
         typer.Option("--simulate", metavar="RANK", help="simulate this rank of each training phase (minutes, 1 GB)"),
     ] = None,
+    search: Annotated[
+        bool, typer.Option("--search", help="search the fastest layouts of a phase that fit; needs --cluster")
+    ] = False,
+    stage: Annotated[
+        str | None, typer.Option("--stage", metavar="STAGE", help="phase of --search; pretrain if none is named")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Show the stages, keys and costs of a recipe.
@@ -133,6 +143,10 @@ def plan(
     With --simulate, the engine of that rank is built at full size and walks through training steps on this machine,
     without the memory that they need: its parameters, peak memory and collectives are shown beside the estimate.
 
+    With --search, only layouts of one phase are shown: the recipe's own, and the fastest that fit the cluster, with the
+    memory of a GPU, tokens a second of a GPU, hours and money. It varies the ranks by kind, pipeline chunks,
+    recomputation, the dispatcher, and the rows of a micro-batch, as far as the engine supports them.
+
     A further table compares the tokens of each source with those that the phases ask for. Supply is what `atom pin` has
     probed, or what the data recipe states, or unknown.
 
@@ -142,6 +156,7 @@ def plan(
     Example: atom plan atom-tiny --cluster h100-pyxis
     """
     from pipeline.cli.tables import cost_table, phases_table, plan_table, simulation_table, supply_table
+    from pipeline.core.errors import AtomError
     from pipeline.graph import budget, dag, plan, supply
     from pipeline.launch import cluster_profile
     from pipeline.operations import fit
@@ -150,6 +165,11 @@ def plan(
     composed, store = graph_of(recipe, without_data=True), open_store()
     warn_of_home(store)
     profile = None if cluster is None else cluster_profile.load(cluster)
+    if search and profile is not None:
+        _search(composed, stage or "pretrain", profile, as_json)
+        return
+    if search or stage is not None:
+        raise AtomError("--search needs --cluster, and --stage names the phase of --search; add what is missing")
     other_python = profile is not None and profile.other_python
     rows = plan.plan(composed, dag.states(composed, store), composed.select(until, only), other_python)
     costs, beyond, fitting, identity = None, [], [], composed.recipe.config
@@ -167,8 +187,8 @@ def plan(
             "absent": list(composed.absent),
             "stages": [r.json() for r in rows],
         }
-        for stage, stage_fit in zip(body["stages"], fitting, strict=bool(fitting)):
-            stage |= {"fits": not stage_fit.reasons, "reasons": list(stage_fit.reasons)}
+        for entry, stage_fit in zip(body["stages"], fitting, strict=bool(fitting)):
+            entry |= {"fits": not stage_fit.reasons, "reasons": list(stage_fit.reasons)}
         if simulations:
             body["simulations"] = {name: asdict(result) for name, result in simulations.items()}
         body["supply"] = [row.json() for row in supplies]
@@ -204,6 +224,22 @@ def plan(
         print(_wrapped(text))
     fit.require_publishable(rows)
     supply.require_served(composed.recipe.title, supplies)
+
+
+def _search(graph: Graph, stage: str, profile: Profile, as_json: bool) -> None:
+    from pipeline.cli.tables import search_table
+    from pipeline.operations import layout_search
+
+    result = layout_search.search(graph, stage, profile)
+    if as_json:
+        print(json.dumps(result.json(), indent=1))
+        return
+    console().print(search_table(result))
+    if result.best:
+        settings = (f"{stage}.{name}: {json.dumps(value)}" for name, value in result.best.settings.items())
+        print("fastest that runs in the image:", *settings, sep="\n  ")
+    for text in result.assumed:
+        print(_wrapped(text))
 
 
 def _wrapped(text: str) -> str:

@@ -19,6 +19,7 @@ from pipeline.graph.plan import StagePlan, timed
 from pipeline.graph.supply import SourceSupply
 from pipeline.operations.comparison import Difference, Measured, differing_settings
 from pipeline.operations.fit import CostEstimate
+from pipeline.operations.layout_search import Search
 from pipeline.operations.run_actions import RunRow
 from pipeline.tracking.status import Snapshot
 
@@ -204,6 +205,30 @@ def cost_table(estimate: CostEstimate) -> Table:
             (human(use.energy_wh) if use.energy_wh >= 100 else f"{use.energy_wh:.2g}") + "Wh",
         )
     return result
+
+
+def search_table(result: Search) -> Table:
+    """Returns the layouts of a search: that of the recipe, and the fastest that fit."""
+    prices = result.profile.prices
+    figures = ("micro-batch", "memory", "tokens/s", "hours", "GPU hours", *([prices.currency] if prices else []))
+    caption = "micro-batch: tokens; memory: of the fullest GPU; tokens/s: of one GPU; hours: on the clock"
+    columns = (f"{result.phase} on {result.profile.name}", *figures, "layout")
+    shown = table(*columns, wraps=1, caption=caption)
+    for column in shown.columns[1 : 1 + len(figures)]:
+        column.justify = "right"
+    ranked = enumerate(result.found, 1)
+    for name, layout in (("as written", result.written), *((str(number), layout) for number, layout in ranked)):
+        shown.add_row(
+            name,
+            human(layout.settings["batch.micro_tokens"]),
+            _binary(layout.memory_bytes),
+            f"{layout.tokens_per_second:,.0f}",
+            _hours(layout.hours),
+            _hours(layout.gpu_hours),
+            *([f"{layout.cost:,.2f}"] if prices else []),
+            layout.label + (f" (needs {layout.package})" if layout.package else ""),
+        )
+    return shown
 
 
 def _hours(value: float) -> str:

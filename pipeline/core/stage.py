@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePath
 from typing import Any, ClassVar, Generic, Literal, NoReturn, Protocol
@@ -384,6 +384,21 @@ C = TypeVar("C", bound=Config, default=Any)
 
 
 @dataclass(frozen=True)
+class Alternative(Generic[C]):
+    """A stage with another layout.
+
+    Attributes:
+        config: The config with that layout.
+        settings: The settings that a search varies, by their field in the section of the recipe.
+        package: A package that it needs and that the project's image lacks.
+    """
+
+    config: C
+    settings: Mapping[str, Any]
+    package: str | None = None
+
+
+@dataclass(frozen=True)
 class Stage(Generic[C]):
     """A registered stage: its name and version are part of every key, so bump `version` when the bytes change.
 
@@ -400,6 +415,8 @@ class Stage(Generic[C]):
         environment: Variables that libraries read when they start to use a GPU, and that a launcher must therefore set
             before Python starts; one that the profile or the user has set takes precedence.
         time: The time of a training phase on GPUs; None: there is no model of it.
+        alternatives: The config itself, and then in each layout that fits so many bytes of a GPU, fastest first by that
+            model; None: there is no search.
         simulate: Walks a rank's steps on this machine without the memory that they need; None: it cannot be simulated.
         shards: Pieces of work that may run beforehand and in parallel, by `run_shard(config, inputs, work, shard)`.
             Each leaves complete files in `work`; `run` does the missing ones, and makes the same bytes for any number.
@@ -424,6 +441,7 @@ class Stage(Generic[C]):
     gpus: Callable[[C], int] = lambda config: 0
     environment: Callable[[C], Mapping[str, str]] = lambda config: {}
     time: Callable[[C, Accelerator], TrainingTime] | None = None
+    alternatives: Callable[[C, Accelerator, float], Iterator[Alternative[C]]] | None = None
     simulate: Callable[[C, int], RankSimulation] | None = None
     shards: Callable[[C], int] = lambda config: 1
     run_shard: Callable[[C, Inputs, Path, int], None] | None = None

@@ -85,7 +85,7 @@ def estimate_costs(rows: list[StagePlan], profile: Profile, small: bool) -> Cost
     Raises:
         RecipeError: The ranks of a stage do not fill the profile's nodes equally.
     """
-    uses = tuple(_priced(_use(row, profile, small), profile) for row in rows if row.state.text == "to run")
+    uses = tuple(priced(_use(row, profile, small), profile) for row in rows if row.state.text == "to run")
     figures = [field.name for field in fields(Use) if field.name not in ("name", "why")]
     total = Use("all", **{name: sum(getattr(use, name) for use in uses) for name in figures})
     return CostEstimate(profile, uses, total, tuple(_assumed(rows, uses, profile)))
@@ -93,18 +93,18 @@ def estimate_costs(rows: list[StagePlan], profile: Profile, small: bool) -> Cost
 
 def _use(row: StagePlan, profile: Profile, small: bool) -> Use:
     name, estimate = row.state.name, row.estimate
-    gpus, slurm = _gpus(row, profile), profile.slurm
+    gpus, slurm = gpus_of(row, profile), profile.slurm
     if gpus and row.gpus and estimate.gpu_seconds is not None:
         seconds = _in_shards(row, estimate.gpu_seconds / gpus, slurm)
         # The job pays for all of its GPUs, and the stage may use only some of them.
-        held = _gpus(row, profile, all_of_job=True) / gpus
+        held = gpus_of(row, profile, all_of_job=True) / gpus
         return Use(name, seconds / 3600, gpu_hours=held * estimate.gpu_seconds / 3600)
     if gpus:
-        training = _training(row, profile)
+        training = rate_of(row, profile)
         if isinstance(training, str):
             return Use(name, why=training)
         seconds = training.seconds if isinstance(training, TrainingTime) else _seconds(row, training) / gpus
-        return _with_servers(Use(name, seconds / 3600), row, profile, _gpus(row, profile, all_of_job=True))
+        return _with_servers(Use(name, seconds / 3600), row, profile, gpus_of(row, profile, all_of_job=True))
     if estimate.cpu_seconds is None:
         return Use(name, why="no estimate")
     if estimate.fixed and not small:
@@ -159,7 +159,7 @@ def _in_shards(row: StagePlan, seconds: float, slurm: Slurm | None) -> float:
     return serial + (seconds - serial) / min(row.shards, slurm.array_size)
 
 
-def _training(row: StagePlan, profile: Profile) -> Rate | TrainingTime | str:
+def rate_of(row: StagePlan, profile: Profile) -> Rate | TrainingTime | str:
     """Returns the source of the time of a training phase: a measured rate, or the model of training time.
 
     Without either, returns the reason.
@@ -203,10 +203,10 @@ def _reached(row: StagePlan, time: TrainingTime, profile: Profile) -> str:
     assert row.estimate.training is not None and profile.gpu is not None
     rate = profile.gpu.rate(row.estimate.training.precision)
     assert rate is not None
-    return f"{_flops_of_ranks(row) / (time.seconds * _gpus(row, profile)) / rate.peak:.2f} of {_peak(row, rate)}"
+    return f"{_flops_of_ranks(row) / (time.seconds * gpus_of(row, profile)) / rate.peak:.2f} of {_peak(row, rate)}"
 
 
-def _gpus(row: StagePlan, profile: Profile, all_of_job: bool = False) -> int:
+def gpus_of(row: StagePlan, profile: Profile, all_of_job: bool = False) -> int:
     """Returns the total number of GPUs of a stage's ranks.
 
     With `all_of_job`, unused GPUs of its nodes and those of spare nodes count as well.
@@ -221,7 +221,8 @@ def _recomputes(row: StagePlan) -> bool:
     return row.estimate.training is not None and row.estimate.training.recomputes
 
 
-def _priced(use: Use, profile: Profile) -> Use:
+def priced(use: Use, profile: Profile) -> Use:
+    """Returns the use with its money and energy by the profile."""
     power, prices = profile.power, profile.prices
     return replace(
         use,
@@ -247,7 +248,7 @@ def _assumed(rows: list[StagePlan], uses: tuple[Use, ...], profile: Profile) -> 
 
 def _rates(rows: list[StagePlan], on_gpus: Collection[str], profile: Profile) -> list[str]:
     """Returns sentences on the speed of training phases: measured rates, or the model with its error."""
-    training = [(row, _training(row, profile)) for row in rows if row.state.name in on_gpus and _gpus(row, profile)]
+    training = [(row, rate_of(row, profile)) for row in rows if row.state.name in on_gpus and gpus_of(row, profile)]
     gpu, sentences = profile.gpu, list[str]()
     if gpu is None or not training:
         return []
@@ -263,15 +264,20 @@ def _rates(rows: list[StagePlan], on_gpus: Collection[str], profile: Profile) ->
         shares = ", ".join(f"{share} for {' and '.join(names)}" for share, names in phases.items())
         time = modeled[0][1]
         sentences.append(
-            f"assumed: {gpu.name} by a model of compute, memory and network, with even routing: {shares}; error on "
-            f"published runs that it was not fitted to: median {time.median_error:.0%}, largest "
-            f"{time.largest_error:.0%}; {gpu.source}"
+            f"assumed: {gpu.name} by a model of compute, memory and network, with even routing: {shares}; "
+            f"{model_error(time)}; {gpu.source}"
         )
     sentences.append(
         "not counted: restarts, waiting for the queue, reading and writing of checkpoints, held-out loss, cores "
         "beside GPUs"
     )
     return sentences
+
+
+def model_error(time: TrainingTime) -> str:
+    """Returns the known error of a model of training time, in words."""
+    errors = f"median {time.median_error:.0%}, largest {time.largest_error:.0%}"
+    return f"error on published runs that it was not fitted to: {errors}"
 
 
 def _without_estimate(uses: tuple[Use, ...]) -> list[str]:

@@ -26,15 +26,14 @@ def problem(
     sizes = {"tp": layout.tp, "etp": layout.split_experts, "ep": layout.ep}
     for field, dimension, value in [*model.split_sizes(), ("tp", "padded_vocab_size", padded_vocab_size)]:
         if value % (size := sizes[field]):
-            return (
-                f"parallelism.{field} = {size} does not divide {dimension} = {value}; nearest: {_divisors(value, size)}"
-            )
+            nearest = _divisors_around(value, size)
+            return f"parallelism.{field} = {size} does not divide {dimension} = {value}; nearest: {nearest}"
     # Every chunk has equally many layers; Megatron's uneven stages are not supported here.
     chunks = layout.pp * layout.vpp
     if model.layers % chunks:
         return (
             f"parallelism.pp = {layout.pp} with vpp = {layout.vpp} cannot deal "
-            f"layers = {model.layers} evenly; nearest product: {_divisors(model.layers, chunks)}"
+            f"layers = {model.layers} evenly; nearest product: {_divisors_around(model.layers, chunks)}"
         )
     for fields, size in (
         ("tp x pp x cp", layout.tp * layout.pp * layout.cp),
@@ -93,10 +92,15 @@ def _no_graphs(layout: Layout, model: ModelConfig, packed: bool) -> str | None:
     return None
 
 
-def _divisors(value: int, size: int) -> str:
+def divisors(value: int) -> list[int]:
+    """Returns the divisors of a positive number, ascending."""
+    return sorted({d for n in range(1, math.isqrt(value) + 1) if value % n == 0 for d in (n, value // n)})
+
+
+def _divisors_around(value: int, size: int) -> str:
     """The divisors of `value` nearest to `size`, as text."""
-    divisors = sorted({d for n in range(1, math.isqrt(value) + 1) if value % n == 0 for d in (n, value // n)})
-    return " or ".join(str(d) for d in [d for d in divisors if d < size][-1:] + [d for d in divisors if d > size][:1])
+    found = divisors(value)
+    return " or ".join(str(d) for d in [d for d in found if d < size][-1:] + [d for d in found if d > size][:1])
 
 
 def multiples_around(value: int, unit: int) -> str:

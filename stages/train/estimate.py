@@ -17,7 +17,7 @@ from stages.mcore.memory import (
     sharing,
     state_bytes,
 )
-from stages.mcore.throughput import UNFITTED_ERRORS, StepSetup, shape_of, step_time
+from stages.mcore.throughput import UNFITTED_ERRORS, Shape, StepSetup, shape_of, step_time
 from stages.models.base import MemoryShare, Rows, layers_in_bf16
 from stages.models.parallel_layout import Layout
 from stages.train.checkpoint import SHARD_BYTES
@@ -81,7 +81,13 @@ def estimate(config: TrainConfig) -> Estimate:
 
 def training_time(config: TrainConfig, gpu: Accelerator) -> TrainingTime:
     """The time of the steps still to be trained, all batches of the ramp, by stages/mcore/throughput.py."""
-    phase, layout, shape = config.phase, config.phase.parallelism, shape_of(config.model, config.padded_vocab_size)
+    seconds = training_seconds(config, gpu, shape_of(config.model, config.padded_vocab_size))
+    return TrainingTime(seconds, *UNFITTED_ERRORS)
+
+
+def training_seconds(config: TrainConfig, gpu: Accelerator, shape: Shape) -> float:
+    """Returns the seconds of `training_time`, where the shape of the model is known."""
+    phase, layout = config.phase, config.phase.parallelism
     rows, first, seconds = Rows(phase.micro_rows, phase.sequence_length), phase.first_step, 0.0
     for last, batch_rows in (*phase.row_ramp, (phase.steps, phase.rows_of(phase.steps))):
         micro_batches = batch_rows // rows.rows // layout.data
@@ -92,7 +98,7 @@ def training_time(config: TrainConfig, gpu: Accelerator) -> TrainingTime:
             run = StepSetup(layout, phase.precision, rows, micro_batches, states=states, bf16_layers=bf16_layers)
             seconds += (last - first + 1) * step_time(shape, gpu, run).total
             first = last + 1
-    return TrainingTime(seconds, *UNFITTED_ERRORS)
+    return seconds
 
 
 def trained_parameters(config: TrainerConfig) -> int:
@@ -213,6 +219,8 @@ def layout_label(layout: Layout) -> str:
         parts.insert(-1, f"ETP{layout.split_experts}")
     if layout.recompute == "layer":
         parts.append("recompute")
+    if layout.dispatcher == "flex":
+        parts.append("flex")
     if layout.cuda_graphs:
         parts.append("graphs")
     return " ".join(parts) or "one rank"

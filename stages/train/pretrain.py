@@ -21,6 +21,7 @@ from pipeline.core.stage import Inputs, RankSimulation, Report, Stage
 from stages.mcore.gpu_environment import variables
 from stages.train.config import SftConfig, TrainConfig
 from stages.train.estimate import estimate, training_time
+from stages.train.layouts import alternatives
 
 
 def run(config: TrainConfig, inputs: Inputs, work: Path, out: Path, report: Report) -> None:
@@ -54,6 +55,7 @@ STAGE = Stage(
     run,
     estimate=estimate,
     time=training_time,
+    alternatives=alternatives,
     ranks=lambda c: c.phase.parallelism.ranks,
     trains=True,
     environment=lambda c: variables(c.phase.parallelism),
