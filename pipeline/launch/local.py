@@ -145,14 +145,7 @@ class LocalLauncher:
         self.display.begin(len(self.selected), len(self.selected) - len(waiting))
         try:
             while waiting or self.running:
-                for name in list(waiting):
-                    node = self.graph.nodes[name]
-                    if self.store.sealed(node.key):
-                        waiting.remove(name)
-                        self.display.sealed(name, elsewhere=True)
-                    elif not failures and self._ready(node) and self._places(node) <= self._free_places():
-                        waiting.remove(name)
-                        self.running[name] = self._submit(node)
+                self._start_ready(waiting, may_start=not failures)
                 for name, job in list(self.running.items()):
                     outcome = self._poll(job)
                     if outcome is None:
@@ -174,6 +167,21 @@ class LocalLauncher:
         if failures:
             name, failure = next(iter(failures.items()))
             raise of_kind(failure, f"stage {name} failed: {failure.text} (log: atom logs {name})")
+
+    def _start_ready(self, waiting: list[str], may_start: bool) -> None:
+        """Starts what is ready, in the order of the graph, and takes it and what is sealed from the list."""
+        for name in list(waiting):
+            node = self.graph.nodes[name]
+            if self.store.sealed(node.key):
+                waiting.remove(name)
+                self.display.sealed(name, elsewhere=True)
+            elif may_start and self._ready(node):
+                # No later stage takes the slots that this one waits for: a row of short stages of one rank could keep
+                # a stage of several ranks waiting to the end.
+                may_start = self._places(node) <= self._free_places()
+                if may_start:
+                    waiting.remove(name)
+                    self.running[name] = self._submit(node)
 
     def _places(self, node: Node) -> int:
         """Returns the slots that a stage takes: one for each rank.

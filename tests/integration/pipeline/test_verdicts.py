@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 import time
 from pathlib import Path
@@ -14,7 +15,9 @@ from pipeline.core.errors import AtomError, CheckFailed, Kind
 from pipeline.core.lease import holder
 from pipeline.core.progress import Display
 from pipeline.core.store import Store
+from pipeline.graph import recipe
 from pipeline.graph import run as runs
+from pipeline.graph.dag import Graph
 from pipeline.launch import cluster_profile
 from pipeline.launch.local import LocalLauncher
 from tests.fixtures import verdict_fixtures
@@ -67,3 +70,25 @@ def test_a_failure_of_one_rank_ends_all_within_seconds(
     assert sentence in provenance.outcome(statement) and provenance.kind(statement) == kind
     present = holder(store.work(graph.nodes[name].key))
     assert present and not present.alive and not list(store.work(graph.nodes[name].key).glob("out.*"))
+
+
+def test_no_later_stage_takes_the_slots_that_one_of_two_ranks_waits_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", verdict_fixtures.python_path(tmp_path))
+    nodes = {}
+    for name, way, ranks in (("first", "environment", 1), ("wide", "seal", 2), ("short", "seal", 1)):
+        (node,) = verdict_fixtures.graph(tmp_path / name, way, ranks=ranks).nodes.values()
+        nodes[name] = dataclasses.replace(node, name=name, key=f"{name}-0123456789ab")
+    store, graph = Store(tmp_path / "home"), Graph(recipe.load("atom-smoke"), nodes)
+    run = runs.start(graph, store, [*nodes], "local", {"launcher": "local"})
+    started: list[str] = []
+
+    class Recording(Display):
+        def started(self, name: str, log: str, ranks: int = 1) -> None:
+            started.append(name)
+
+    # The first stage ends only after the launcher could have started the short one beside it.
+    threading.Timer(3.0, (tmp_path / "first/go").touch).start()
+    LocalLauncher(graph, store, run, [*nodes], cluster_profile.load("local"), Recording(Console(quiet=True))).go()
+    assert started == ["first", "wide", "short"]
