@@ -167,7 +167,8 @@ def best_rate(results: Mapping[Run, Mapping[str, float]]) -> float:
     """Returns the smallest of the rates whose mean held-out loss over all widths is within TIE of the least.
 
     Steps of Muon have one size at every width. With a rate of its own, each width would have the noise of one seed in
-    it, as its best rates differ by less than seeds do. Of equals the smallest, since longer runs want smaller rates.
+    it, as its best rates differ by less than seeds do. Of equals the smallest is taken: a large rate is more likely to
+    fail in a longer run.
     """
     losses: dict[float, list[float]] = {}
     for run, figures in results.items():
