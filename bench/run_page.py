@@ -27,7 +27,7 @@ from release.cards.plots import COLORS, png
 from release.facts import run_facts, training
 from release.layout import when
 from release.opened_release import Release
-from stages.confidence import Z95, clustered
+from stages.confidence import Z95, Ratio, clustered, half_width
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -62,8 +62,9 @@ def change_of_loss(
         values.append(value)
         for name in ids:
             errors[before[name]["work"]] += sign * (rows[name]["nll_bits"] - value * rows[name]["bytes"]) / size
-    half = Z95 * math.sqrt(len(errors) / (len(errors) - 1) * sum(error * error for error in errors.values()))
-    return {"before": values[0], "after": values[1], "change": values[1] - values[0], "half": half}
+    error = math.sqrt(len(errors) / (len(errors) - 1) * sum(error * error for error in errors.values()))
+    change: Ratio = {"value": values[1] - values[0], "se": error, "documents": len(ids), "works": len(errors)}
+    return {"before": values[0], "after": values[1], "change": change["value"], "half": half_width(change)}
 
 
 def rewards_of(path: Path) -> dict[str, dict[str, float]]:
@@ -81,7 +82,7 @@ def change_of_reward(before: dict[str, float], after: dict[str, float]) -> dict[
     """Mean before and after over the same problems, and the difference with its interval."""
     change = clustered([after[item] - before[item] for item in sorted(before)])
     values = [sum(scores[item] for item in before) / len(before) for scores in (before, after)]
-    return {"before": values[0], "after": values[1], "change": change["value"], "half": Z95 * change["se"]}
+    return {"before": values[0], "after": values[1], "change": change["value"], "half": half_width(change)}
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -248,7 +249,7 @@ def _inference(axis: Axes, evaluation: Path) -> None:
     scores = {path.parent.name: json.loads(path.read_text()) for path in evaluation.glob("*/scores.json")}
     for color, name in zip(COLORS * 2, sorted(scores, key=when), strict=False):
         at = scores[name]["problems_all"]["at"]
-        points = [(at[k]["tokens"], at[k]["pass"]["value"], Z95 * at[k]["pass"]["se"]) for k in sorted(at, key=int)]
+        points = [(at[k]["tokens"], at[k]["pass"]["value"], half_width(at[k]["pass"])) for k in sorted(at, key=int)]
         x, y, half = zip(*points, strict=True)
         axis.errorbar(
             x, y, half, color=color, marker="o", markersize=2, linewidth=1, elinewidth=0.6, label=f"{name}, pass@k"

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from fractions import Fraction
-from typing import Literal, NotRequired, TypedDict
+from typing import Any, Literal, NotRequired, TypedDict
 
 Z95 = 1.959963984540054
 """Half the width of a normal 95 % interval, in standard errors."""
@@ -85,6 +85,20 @@ def work_deviations(pairs: Sequence[tuple[float, int]], works: Sequence[Hashable
 def root_of_squares(values: Iterable[float]) -> float:
     """Returns the root of the sum of the squares. The sum is exactly rounded, and so the same in any order."""
     return math.sqrt(math.fsum(value**2 for value in values))
+
+
+def half_width(figure: Figure) -> float:
+    """Returns half the width of the 95 % interval of a figure by Student's distribution.
+
+    Its degrees of freedom are those of the works, documents or items of the figure. Over five works the interval is
+    1.4 times as wide as the normal one, which is that of a figure without a count.
+    """
+    from scipy.special import stdtrit
+
+    counts: Mapping[str, Any] = figure
+    n = next((counts[name] for name in ("works", "documents", "n") if name in counts), math.inf)
+    # Rounded, so that all processors agree.
+    return round(float(stdtrit(n - 1, 0.975)), 9) * figure["se"]
 
 
 def binomial(scores: Sequence[int]) -> Mean:

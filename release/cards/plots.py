@@ -22,7 +22,7 @@ from release.cards import tables
 from release.facts import training
 from release.facts.forecast import LOSS as VALIDATION_LOSS
 from release.facts.model_facts import ModelFacts
-from stages.confidence import Z95
+from stages.confidence import half_width
 from stages.evaluation.scores import pass_at_1
 
 if TYPE_CHECKING:
@@ -212,7 +212,7 @@ def progress(model: ModelFacts) -> bytes:
                 # Not every model was measured in every series, so points keep the place of their model.
                 places = [names.index(model_name) for model_name in points]
                 values = [row["value"] for row in points.values()]
-                errors = [Z95 * row["se"] for row in points.values()]
+                errors = [half_width(row) for row in points.values()]
                 axis.errorbar(places, values, errors, color=color, **POINTS)
                 labels.append((name, color))
             _panel(axis, heading, unit)

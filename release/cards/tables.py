@@ -19,7 +19,7 @@ from release.facts.run_facts import Changes, Checkpoint, Intervention, Trained
 from release.facts.score_facts import HarnessFacts
 from release.facts.variant_facts import VariantFacts
 from release.layout import MERGE, UNMERGED, numbered, trained_by
-from stages.confidence import Z95, Figure
+from stages.confidence import Figure, half_width
 from stages.evaluation.scores import ModelScores, Proportion
 
 MOST_CHANGES = 30
@@ -153,7 +153,7 @@ def twins(sizes: Sequence[Trained]) -> list[str]:
     body: list[list[str]] = []
     for size in sizes:
         if size.bits and size.difference:
-            change, half = size.difference["value"], Z95 * size.difference["se"]
+            change, half = size.difference["value"], half_width(size.difference)
             less = f"{change:+.3f} ({change - half:+.3f} to {change + half:+.3f})" if body else ""
             figures = [count(number) for number in (size.total, size.active, size.tokens)]
             body.append([f"`{size.name}`", *figures, with_error(size.bits, 3), less])

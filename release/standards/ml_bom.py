@@ -23,13 +23,13 @@ from release.standards.standard_facts import (
     segment,
     weights_only,
 )
+from stages.confidence import half_width
 
 Json = dict[str, Any]
 MOST_LOCKED = 200
 """Files of a package whose hashes are listed."""
 PROPERTY = "atom:"
 """The prefix of this project's own properties."""
-Z95 = 1.96
 
 
 def bill(facts: StandardFacts) -> Json:
@@ -168,8 +168,8 @@ def _model_card(facts: StandardFacts, folder: str) -> Json:
     metrics = []
     for metric, rows in (("bits per byte", scores["bits_per_byte"]), ("exact match", scores["accuracy"])):
         for name, row in sorted(rows.items()):
-            # The interval covers 95 %, by the normal approximation.
-            low, high = row["value"] - Z95 * row["se"], row["value"] + Z95 * row["se"]
+            # The interval covers 95 %.
+            low, high = row["value"] - half_width(row), row["value"] + half_width(row)
             interval = {"lowerBound": repr(low), "upperBound": repr(high)}
             metrics.append({"type": metric, "slice": name, "value": repr(row["value"]), "confidenceInterval": interval})
     # CycloneDX has one approach for a model.
