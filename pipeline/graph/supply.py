@@ -1,4 +1,4 @@
-"""What a run asks of its sources, and what they can give: an arithmetic that needs no data."""
+"""Compares the tokens that a run asks of its sources with those that they can give, without reading data."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class SourceSupply:
 
     @property
     def epochs(self) -> float | None:
-        """How often all phases together read it; None if its tokens are not known."""
+        """Times that all phases together read the source; None if its tokens are not known."""
         return self.epochs_of(sum(self.asked.values()))
 
     def epochs_of(self, asked: float) -> float | None:

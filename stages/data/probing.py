@@ -1,4 +1,4 @@
-"""What a sample of a source says of the source: its reader and its steps run on the pieces of the sample.
+"""Estimates a source from a sample: its reader and its steps run on the pieces of the sample.
 
 Time and memory grow with the sample, of which the content hashes of the kept documents stay in memory.
 """

@@ -77,7 +77,7 @@ class SourceConfig(Source):
 
     @property
     def probe(self) -> Probe | None:
-        """What `atom pin` has learnt of the source as its settings are now; None if nothing."""
+        """The probe by `atom pin` of the source as its settings are now; None if nothing."""
         locked = self.reader.pinned(self.name) if isinstance(self.reader, Hub) else None
         probe = locked.probe if locked else None
         return probe if probe and probe.settings == self.probe_settings and probe.sampled_documents else None

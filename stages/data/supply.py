@@ -22,7 +22,7 @@ Epochs = Annotated[float, Range(0, 1e6, above=True)]
 
 
 class SupplySection(Config):
-    """How often the phases may read a source, and which supply is taken without a probe. It is part of no key."""
+    """Limits on the epochs of a source, and which supply is taken without a probe. The section is part of no key."""
 
     max_epochs: Epochs = 4.0
     """epochs of a source over all phases beyond which `atom plan` and `atom submit` refuse the recipe: up to four cost

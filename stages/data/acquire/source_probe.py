@@ -1,4 +1,4 @@
-"""What `atom pin` learns from a sample of a source: the entry `probe` of a lock file, which `atom plan` reads.
+"""The figures that `atom pin` takes from a sample: the entry `probe` of a lock file, which `atom plan` reads.
 
 Figures of the sample are counts. Figures of the whole source are estimates, with an interval at a confidence of 95 %
 where the sample has several pieces.
