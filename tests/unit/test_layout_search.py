@@ -141,7 +141,7 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     for layout in (body["written"], *body["found"]):
         assert f"{layout['tokens_per_second']:,.0f}" in text and f"{layout['cost']:,.2f}" in text
     best = next(layout for layout in body["found"] if layout["package"] is None)
-    assert f"sft.parallelism: {json.dumps(best['settings']['parallelism'])}" in text and "needs deep_ep" in text
+    assert f"  parallelism: {json.dumps(best['settings']['parallelism'])}\n" in text and "needs deep_ep" in text
     for refused in ({"search": True}, {"stage": "sft", "cluster": "h100-pyxis"}):
         with pytest.raises(AtomError, match="--search needs --cluster"):
             recipe_commands.plan("atom-1b-a300m", **refused)
