@@ -90,7 +90,7 @@ def search(graph: Graph, name: str, profile: Profile) -> Search:
 
     Raises:
         AtomError: The graph has no such stage.
-        RecipeError: The stage cannot be searched, or the profile does not state enough.
+        RecipeError: The stage cannot be searched, or the profile does not state enough or has too few nodes.
     """
     node, gpu = graph.nodes[graph.select(None, name)[0]], profile.gpu
     if node.stage.alternatives is None or node.stage.time is None:
