@@ -97,8 +97,8 @@ def half_width(figure: Figure) -> float:
 
     counts: Mapping[str, Any] = figure
     n = next((counts[name] for name in ("works", "documents", "n") if name in counts), math.inf)
-    # Rounded, so that all processors agree.
-    return round(float(stdtrit(n - 1, 0.975)), 9) * figure["se"]
+    # The share of one item has the standard error 0, and no degree of freedom. Rounded, so that all processors agree.
+    return round(float(stdtrit(max(n - 1, 1), 0.975)), 9) * figure["se"]
 
 
 def binomial(scores: Sequence[int]) -> Mean:

@@ -236,8 +236,10 @@ def _search(graph: Graph, stage: str, profile: Profile, as_json: bool) -> None:
         return
     console().print(search_table(result))
     if result.best:
-        settings = (f"{stage}.{name}: {json.dumps(value)}" for name, value in result.best.settings.items())
-        print("fastest that runs in the image:", *settings, sep="\n  ")
+        settings = (f"{name}: {json.dumps(value)}" for name, value in result.best.settings.items())
+        print(f"settings of {stage} in the fastest that runs in the image:", *settings, sep="\n  ")
+    else:
+        print("none that runs in the image fits; the plan without --search says what the recipe's own layout exceeds")
     for text in result.assumed:
         print(_wrapped(text))
 

@@ -322,7 +322,7 @@ def fits(rows: list[StagePlan], uses: Mapping[str, Use], profile: Profile) -> li
         disk += estimate.disk_bytes or 0
         files += estimate.files or FILES + FILES_PER_SHARD * row.shards
         if row.state.text == "to run":
-            reasons += _nodes(row, profile) + _format(row, profile)
+            reasons += missing_nodes(row, profile) + _format(row, profile)
             reasons += _memory(row, profile) + _server_memory(row, profile)
             if (use := uses.get(name)) is not None and use.why is None:
                 reasons += _time(row, use, profile)
@@ -394,7 +394,7 @@ def unpublishable(rows: list[StagePlan]) -> list[str]:
     return refused
 
 
-def _nodes(row: StagePlan, profile: Profile) -> list[str]:
+def missing_nodes(row: StagePlan, profile: Profile) -> list[str]:
     """Checks the nodes of the job, and its GPUs together with those of its servers if they share a partition."""
     if profile.slurm is None:
         return []

@@ -13,7 +13,7 @@ from pipeline.graph import plan
 from pipeline.graph.dag import Graph, Node, State
 from pipeline.graph.plan import StagePlan
 from pipeline.launch.cluster_profile import Profile
-from pipeline.operations.fit import GIB, Use, fits, gpus_of, model_error, priced, rate_of
+from pipeline.operations.fit import GIB, Use, fits, gpus_of, missing_nodes, model_error, priced, rate_of
 
 SHOWN, MISSING_SHOWN = 5, 1
 """Layouts that are found: those that run in the project's image, and those that need a package which it lacks."""
@@ -90,13 +90,14 @@ def search(graph: Graph, name: str, profile: Profile) -> Search:
 
     Raises:
         AtomError: The graph has no such stage.
-        RecipeError: The stage cannot be searched, or the profile does not state enough.
+        RecipeError: The stage cannot be searched, or the profile does not state enough or has too few nodes.
     """
     node, gpu = graph.nodes[graph.select(None, name)[0]], profile.gpu
     if node.stage.alternatives is None or node.stage.time is None:
         names = ", ".join(other.name for other in graph.nodes.values() if other.stage.alternatives)
         raise RecipeError(f"--stage {name}: only layouts of training on text are searched; name one of {names}")
-    if isinstance(reason := rate_of(_row(graph, node), profile), str):
+    written = _row(graph, node)
+    if isinstance(reason := rate_of(written, profile), str):
         raise RecipeError(f"--search: {reason}")
     accelerator = profile.accelerator
     if accelerator is None or gpu is None or gpu.memory_gb is None or profile.slurm is None:
@@ -104,6 +105,9 @@ def search(graph: Graph, name: str, profile: Profile) -> Search:
             f"cluster profile {profile.name}: --search needs the section slurm, and memory_gb, memory_tb_s, "
             "nvlink_gb_s and network_gb_s of the section gpu"
         )
+    # No layout changes the ranks, so none would fit.
+    if reasons := missing_nodes(written, profile):
+        raise RecipeError(f"--search: {name} does not fit {profile.name}: {reasons[0]}; lower parallelism.ranks")
     layouts = node.stage.alternatives(node.config, accelerator, HEADROOM * gpu.memory_gb * GIB)
     first = next(layouts)
     # Those that need a missing package are as a rule the fastest, so one is there before the others are complete.
@@ -125,7 +129,7 @@ def search(graph: Graph, name: str, profile: Profile) -> Search:
         f"found layouts take at most {HEADROOM:.0%} of gpu.memory_gb = {gpu.memory_gb:g}, since real routing is less "
         "even; ranks and batches stay, and the smallest batch limits the rows of a micro-batch",
     )
-    return Search(name, profile, _figures(_row(graph, node), first, profile, time), tuple(found), assumed)
+    return Search(name, profile, _figures(written, first, profile, time), tuple(found), assumed)
 
 
 def _row(graph: Graph, node: Node) -> StagePlan:

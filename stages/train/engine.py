@@ -403,8 +403,8 @@ class Engine:
     def _set_rates(self, lr: float) -> None:
         """Sets the learning rate and weight decay of each group of the optimizer.
 
-        Megatron marks groups that are not to be decayed (norms) with `wd_mult` 0 and leaves it to its scheduler to
-        multiply; a loop without that scheduler would decay them silently.
+        Megatron marks groups that are not to be decayed, such as norms, with `wd_mult` 0 and leaves it to its scheduler
+        to multiply; a loop without that scheduler would decay them silently.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group.get("lr_mult", 1.0)

@@ -167,7 +167,7 @@ def release_checkpoints(phase: PhaseConfig) -> int:
     """Checkpoints that a phase seals: step 0 unless it continues, every n-th and the last."""
     interval, last, first = phase.release_checkpoint_interval, phase.steps, phase.first_step
     further = {last, *(step for step in phase.release_checkpoint_steps if step >= first)}
-    # Of all steps, a phase may have a billion, but few are listed.
+    # A phase may have a billion steps, so those at the interval are counted by division.
     count = last // interval - (first - 1) // interval + sum(step % interval > 0 for step in further)
     return count + 1 if first == 1 else count
 

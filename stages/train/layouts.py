@@ -94,9 +94,9 @@ def _layouts(config: TrainConfig, domain: int) -> Iterator[Layout]:
     inside, experts = max(domain, written.tp * written.cp), model.routing.experts if model.routing else 1
     recomputes, dispatchers = (get_args(Layout.model_fields[name].annotation) for name in ("recompute", "dispatcher"))
     for tp, pp, cp, ep in itertools.product(ranks, ranks, ranks, divisors(experts)):
-        if tp > domain or tp * cp > inside or cp > contexts or pp > model.layers or written.ranks % (tp * pp * cp):
+        if tp > domain or tp * cp > inside or cp > contexts or model.layers % pp or written.ranks % (tp * pp * cp):
             continue
-        chunks = [count for count in divisors(-(-model.layers // pp)) if count <= MOST_CHUNKS] if pp > 1 else [1]
+        chunks = [count for count in divisors(model.layers // pp) if count <= MOST_CHUNKS] if pp > 1 else [1]
         # Only experts on several ranks can be whole where attention is split.
         for etp, vpp in itertools.product((None, 1) if tp > 1 and ep > 1 else (None,), chunks):
             sizes = {"tp": tp, "pp": pp, "cp": cp, "ep": ep, "etp": etp, "vpp": vpp}

@@ -158,6 +158,7 @@ def test_standard_errors() -> None:
     assert confidence.ratio([(10.0, 10), (30.0, 10)])["se"] == pytest.approx(1.0)  # sqrt(2/1 * (10²+10²)) / 20
     assert confidence.half_width({"value": 0.0, "se": 1.0}) == pytest.approx(1.96, abs=1e-3)
     over: confidence.Ratio = {"value": 0.0, "se": 2.0, "documents": 5000, "works": 5}
+    assert confidence.half_width(confidence.binomial([1])) == 0
     assert confidence.half_width(over) == pytest.approx(2 * 2.776, abs=1e-3)  # a table of Student's distribution
     assert confidence.binomial([1, 0, 0, 0])["se"] == pytest.approx(math.sqrt(0.25 * 0.75 / 4))
 

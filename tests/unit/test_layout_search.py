@@ -112,6 +112,14 @@ def test_what_a_search_needs(stage: str, changed: dict[str, Any], sentence: str)
         search(small_phase(), stage, PROFILE.model_copy(update=changed))
 
 
+def test_a_cluster_with_too_few_nodes_is_refused_at_once() -> None:
+    slurm = PROFILE.slurm
+    assert slurm is not None
+    few = slurm.model_copy(update={"train": slurm.train.model_copy(update={"nodes": 4})})
+    with pytest.raises(RecipeError, match=r"it needs 8 nodes, and there are 4 \(slurm.train.nodes\)"):
+        search(composed("atom-1b-a300m"), "pretrain", PROFILE.model_copy(update={"slurm": few}))
+
+
 def test_nothing_fits_a_small_gpu() -> None:
     assert PROFILE.gpu is not None
     profile = PROFILE.model_copy(update={"gpu": PROFILE.gpu.model_copy(update={"memory_gb": 1.0})})
@@ -133,7 +141,7 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     for layout in (body["written"], *body["found"]):
         assert f"{layout['tokens_per_second']:,.0f}" in text and f"{layout['cost']:,.2f}" in text
     best = next(layout for layout in body["found"] if layout["package"] is None)
-    assert f"sft.parallelism: {json.dumps(best['settings']['parallelism'])}" in text and "needs deep_ep" in text
+    assert f"  parallelism: {json.dumps(best['settings']['parallelism'])}\n" in text and "needs deep_ep" in text
     for refused in ({"search": True}, {"stage": "sft", "cluster": "h100-pyxis"}):
         with pytest.raises(AtomError, match="--search needs --cluster"):
             recipe_commands.plan("atom-1b-a300m", **refused)

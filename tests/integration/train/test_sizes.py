@@ -143,7 +143,8 @@ STATED: list[dict[str, Any]] = [
 ]
 COMMON = {"seed": 0, "padded_vocab_size": 320}
 CONFIGS: dict[str, Any] = {
-    "pretrain": {"model": MODEL, "phase": PHASE, **COMMON},
+    # Smaller models have no checkpoints at listed steps.
+    "pretrain": {"model": MODEL, "phase": PHASE | {"release_checkpoint_steps": [1]}, **COMMON},
     "size-1": {
         "model": MODEL | {"hidden_size": 32}, "phase": PHASE | {"release_checkpoint_interval": 2}, "name": "size-1",
         **COMMON,
