@@ -173,6 +173,7 @@ NOTICES: list[tuple[str, str | None]] = [
     ("The hash was put into the public domain.\nCopyright (c) Example. All rights reserved.", None),
     (f"{BSD}\nRedistributions must come with information on how to obtain complete source code.", None),
     ("Licensed under the Apache License, Version 2.0\nand the Commons Clause.", None),
+    ("Use of this file is governed by the Business Source\nLicense in the LICENSE file.", None),
     ("Copyright (c) Example. All rights reserved.", None),
     ("PROPRIETARY AND CONFIDENTIAL. All rights reserved.", None),
     ("Redistribution of this file is forbidden.", None),

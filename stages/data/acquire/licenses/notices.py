@@ -25,7 +25,8 @@ _GAP = r"[\s#*/;%-]+"
 TERMS = re.compile(
     rf"permission{_GAP}(?:is|to{_GAP}(?:use|copy))|redistribut|SPDX-License-Identifier|licen[sc]ed{_GAP}under"
     rf"|public{_GAP}domain|@licen[sc]e\b|general{_GAP}public{_GAP}license|mozilla{_GAP}public{_GAP}license"
-    rf"|boost{_GAP}software{_GAP}license|creativecommons\.org/licen|(?:released|distributed){_GAP}under{_GAP}the{_GAP}",
+    rf"|boost{_GAP}software{_GAP}license|creativecommons\.org/licen|(?:released|distributed){_GAP}under{_GAP}the{_GAP}"
+    rf"|commons{_GAP}clause|business{_GAP}source{_GAP}license",
     re.IGNORECASE,
 )
 RESERVED = re.compile(rf"all{_GAP}rights{_GAP}reserved", re.IGNORECASE)
@@ -45,7 +46,7 @@ _REFERS = re.compile(r"(?:found in|see|in) (?:the )?\W*(?:license|copying)\b[\w.
 # Words of terms that are not open.
 _RESTRICTED = re.compile(
     r"non-?commercial|no derivativ|(?:academic|research|educational|personal|evaluation|internal) (?:use|purposes)|"
-    r"confidential|proprietary|commons clause"
+    r"confidential|proprietary|commons clause|business source license"
 )
 _MARKS = re.compile(r"^[ \t\r#*/;%!\"'<>-]*(?:(?:rem|dnl|\.\.) )?|[ \t\r#*/]+$", re.MULTILINE)
 
