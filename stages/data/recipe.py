@@ -138,10 +138,11 @@ class DataRecipe(Config):
 
     @model_validator(mode="after")
     def _check_distinct(self) -> DataRecipe:
-        counts = Counter(source.name for source in self.sources)
-        duplicates = sorted(name for name, count in counts.items() if count > 1)
-        if duplicates:
-            raise ValueError(f"two sources are named {duplicates[0]}; names must differ")
+        names = {"sources": [source.name for source in self.sources]}
+        names["classifiers"] = [classifier.name for classifier in self.classifiers]
+        for kind, listed in names.items():
+            if duplicates := sorted(name for name, count in Counter(listed).items() if count > 1):
+                raise ValueError(f"two {kind} are named {duplicates[0]}; names must differ")
         return self
 
     @model_validator(mode="after")
