@@ -3,7 +3,8 @@
 A proxy is a copy of a small recipe with another `pretrain.mix`, in `$ATOM_HOME/mixtures/`; its run is like any other.
 Weights are drawn from a Dirichlet distribution around the natural ones, those of the supply. As in RegMix
 (arXiv:2407.01492), these are flattened by a square root, so that small sources are seen. The draws follow from the seed
-and the sources of the small recipe alone: more runs keep those before, and one set of proxies serves several targets.
+of the small recipe and from its sources with their supply, which `atom pin` changes: more runs keep those before, and
+one set of proxies serves several targets.
 
 RegMix took 512 models of a million parameters, and found that ranks of mixes held at a thousand times the size. Olmix
 (arXiv:2602.12237) found a rank correlation with models of a billion parameters of 0.73 for proxies of a million, and of
