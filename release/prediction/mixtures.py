@@ -3,7 +3,8 @@
 A proxy is a copy of a small recipe with another `pretrain.mix`, in `$ATOM_HOME/mixtures/`; its run is like any other.
 Weights are drawn from a Dirichlet distribution around the natural ones, those of the supply. As in RegMix
 (arXiv:2407.01492), these are flattened by a square root, so that small sources are seen. The draws follow from the seed
-and the sources of the small recipe alone: more runs keep those before, and one set of proxies serves several targets.
+of the small recipe and from its sources with their supply, which `atom pin` changes: more runs keep those before, and
+one set of proxies serves several targets.
 
 RegMix took 512 models of a million parameters, and found that ranks of mixes held at a thousand times the size. Olmix
 (arXiv:2602.12237) found a rank correlation with models of a billion parameters of 0.73 for proxies of a million, and of
@@ -33,7 +34,7 @@ from pipeline.core.yaml_text import parse_yaml
 from pipeline.graph import dag
 from pipeline.graph import recipe as recipes
 from pipeline.graph.dag import Graph
-from release.prediction.sealing import EVALUATION, pretraining, sealed
+from release.prediction.sealing import EVALUATION, NODE, pretraining, sealed
 from stages.evaluation import mixing_law
 from stages.evaluation.mixing_law import Array, Fit, Law
 from stages.evaluation.scaling_laws import LEVEL, band
@@ -203,9 +204,10 @@ class Target(NamedTuple):
     Attributes:
         name: Its recipe.
         tokens: Tokens of its pre-training.
-        epochs: How often pre-training may read a source.
+        epochs: How often all phases together may read a source.
         supply: The supply of the S sources, by name.
-        limits: The largest weights [S]: those with which a source is read as often as the recipe takes, or 1.
+        limits: The largest weights [S]: those with which a source is read as often as the recipe takes, or 1. What
+            later phases read counts as well.
     """
 
     name: str
@@ -222,12 +224,16 @@ def target_of(graph: Graph, sources: Sequence[str], store: Store) -> Target:
         raise AtomError(f"the data of {name} has no source {missing[0]}, which the proxies mix; add it there")
     supply, tokens = {source: supply[source] for source in sources}, config["phase"].tokens()
     epochs = float(vars(graph.recipe.config)["supply"].max_epochs)
-    most = [1.0 if known is None else epochs * known / tokens for known, _ in supply.values()]
+    later = {row.source: sum(row.asked.values()) - row.asked.get(NODE, 0.0) for row in dag.supply(graph)}
+    most = [
+        1.0 if known is None else max(0.0, epochs * known - later.get(source, 0.0)) / tokens
+        for source, (known, _) in supply.items()
+    ]
     limits = np.minimum(most, 1.0)
     if np.floor(limits * mixing_law.UNITS).sum() < mixing_law.UNITS:
         raise AtomError(
-            f"{name} reads {human(tokens)} tokens, and {epochs:g} epochs of {', '.join(sources)} are "
-            f"{human(sum(most) * tokens)}; shorten its pre-training, or add sources"
+            f"{name} reads {human(tokens)} tokens, and {epochs:g} epochs of {', '.join(sources)} without what later "
+            f"phases read are {human(sum(most) * tokens)}; shorten its pre-training, or add sources"
         )
     return Target(name, tokens, epochs, supply, limits)
 

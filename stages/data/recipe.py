@@ -83,11 +83,18 @@ class SourceConfig(Source):
         return probe if probe and probe.settings == self.probe_settings and probe.sampled_documents else None
 
     @property
+    def limited_share(self) -> float:
+        """The share of the probed documents that `limit` of the reader leaves."""
+        limit, probe = self.reader.limit if isinstance(self.reader, Hub) else None, self.probe
+        return min(1.0, limit / probe.documents) if limit and probe and probe.documents else 1.0
+
+    @property
     def sized(self) -> SourceConfig:
         """The source with the size that a probe says it has."""
         if (probe := self.probe) is None or not probe.documents or not probe.bytes:
             return self
-        return self.model_copy(update={"expected": Size(documents=min(probe.documents, 10**13), bytes=probe.bytes)})
+        documents, size = (max(1, round(self.limited_share * count)) for count in (probe.documents, probe.bytes))
+        return self.model_copy(update={"expected": Size(documents=min(documents, 10**13), bytes=size)})
 
     @model_validator(mode="after")
     def _check_license_allow(self) -> SourceConfig:
@@ -131,10 +138,11 @@ class DataRecipe(Config):
 
     @model_validator(mode="after")
     def _check_distinct(self) -> DataRecipe:
-        counts = Counter(source.name for source in self.sources)
-        duplicates = sorted(name for name, count in counts.items() if count > 1)
-        if duplicates:
-            raise ValueError(f"two sources are named {duplicates[0]}; names must differ")
+        names = {"sources": [source.name for source in self.sources]}
+        names["classifiers"] = [classifier.name for classifier in self.classifiers]
+        for kind, listed in names.items():
+            if duplicates := sorted(name for name, count in Counter(listed).items() if count > 1):
+                raise ValueError(f"two {kind} are named {duplicates[0]}; names must differ")
         return self
 
     @model_validator(mode="after")

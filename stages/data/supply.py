@@ -62,7 +62,8 @@ def _supply(section: SupplySection, source: SourceConfig, data: DataRecipe, aske
     tokens, basis, where, probe = None, "unknown", "", source.probe
     if probe is not None:
         assert isinstance(source.reader, Hub)
-        tokens, basis = probe.kept_tokens * share * _kept_by_classifiers(source, data), "probed"
+        tokens = probe.kept_tokens * source.limited_share * share * _kept_by_classifiers(source, data)
+        basis = "probed"
         where = f"{probe.sampled_documents:,} documents of {source.reader.repo} ({probe.sampled}: {probe.pieces})"
         where += f", with a problem: {probe.problem}" if probe.problem else ""
     elif source.supply is not None:

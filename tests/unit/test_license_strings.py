@@ -44,6 +44,7 @@ def test_strings_of_public_records(seen: str) -> None:
 RESTRICTIONS = [
     "non-commercial", "NonCommercial use only", "NC", "-NC", "ND", "no derivatives", "not", "except the images",
     "all rights reserved", "for research only", "unless otherwise noted", "nicht kommerziell", "or CC BY-NC 4.0", "was",
+    "<NC>", "<!-- NC -->", "<https://creativecommons.org/licenses/by-nc/4.0/>",
 ]  # fmt: skip
 
 
@@ -58,6 +59,17 @@ def test_a_word_that_restricts_is_never_lost(restriction: str) -> None:
 def test_alternatives_with_a_restricted_license_are_a_choice_in_spdx_only() -> None:
     assert expression_of("CC-BY-4.0 OR CC-BY-NC-4.0") == "CC-BY-4.0 OR CC-BY-NC-4.0"
     assert expression_of("cc-by-4.0 or cc-by-nc-4.0") is None
+    assert expression_of("CC-BY-4.0 OR CC-BY-SA-4.0") == "CC-BY-4.0 OR CC-BY-SA-4.0"
+    for parts in ("cc-by-4.0 or cc-by-sa-4.0", "CC BY or CC BY-SA", "Public domain or CC BY-SA 4.0"):
+        assert expression_of(parts) is None, parts
+
+
+def test_signs_around_and_after_words_count() -> None:
+    assert expression_of("<https://creativecommons.org/licenses/by-nc/4.0/>") == "CC-BY-NC-4.0"
+    assert expression_of("CC BY 4.0 <https://creativecommons.org/licenses/by/4.0/>") == "CC-BY-4.0"
+    # The license of role-playing games, versions below another one, and a link that contradicts the words.
+    for string in ("OGL 1.0a", "Apache License (< 2.0)", "CC BY <https://creativecommons.org/licenses/by-sa/4.0/>"):
+        assert expression_of(string) is None, string
 
 
 def test_a_license_without_its_version_is_allowed_by_the_recipe_or_not() -> None:
@@ -155,6 +167,13 @@ NOTICES: list[tuple[str, str | None]] = [
     (f"{EXPAT}\nPortions licensed under the Example License.", None),
     ("Released under the MIT License for non-commercial use only.", None),
     ("This file is not in the public domain.", None),
+    ("This code was never released into the public domain.", None),
+    ("Based on code that was placed in the public domain.", None),
+    ("This file is in the public domain, except the tables.", None),
+    ("The hash was put into the public domain.\nCopyright (c) Example. All rights reserved.", None),
+    (f"{BSD}\nRedistributions must come with information on how to obtain complete source code.", None),
+    ("Licensed under the Apache License, Version 2.0\nand the Commons Clause.", None),
+    ("Use of this file is governed by the Business Source\nLicense in the LICENSE file.", None),
     ("Copyright (c) Example. All rights reserved.", None),
     ("PROPRIETARY AND CONFIDENTIAL. All rights reserved.", None),
     ("Redistribution of this file is forbidden.", None),
@@ -190,6 +209,7 @@ FOOTERS = {
         True, "CC-BY-NC-4.0",
     ),
     "Licensed under terms for non-commercial use.": (True, None),
+    "Icons are licensed under CC BY 4.0. © 2014 Example. All rights reserved.": (True, None),
     "Licensed under a Creative Commons Attribution License, https://creativecommons.org/licenses/by/3.0/.": (
         True, "CC-BY-3.0",
     ),

@@ -47,6 +47,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             source["expected"] = {"documents": 100, "bytes": BYTES[source["name"]]}
     (tmp_path / "data/own.yaml").write_text(yaml.safe_dump(data, sort_keys=False))
     recipe = yaml.safe_load((ROOT / "pipeline/recipes/atom-smoke.yaml").read_text()) | {"data": "data/own.yaml"}
+    recipe["midtrain"]["mix"] = {"docstrings": 0.35, "worked": 0.65}
     for name, steps in (("small", 60), ("large", 120)):
         recipe["pretrain"]["steps"] = steps
         (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(recipe | {"name": name}, sort_keys=False))
@@ -194,8 +195,8 @@ def test_a_supply_that_is_too_small_is_refused_before_anything_is_run(home: Path
     with pytest.raises(AtomError) as caught:
         atom_mix(home, "--runs", "6")
     assert caught.value.exit_code == 2 and str(caught.value) == (
-        "large reads 184k tokens, and 4 epochs of docstrings, code, sums are 112k; shorten its pre-training, or add "
-        "sources"
+        "large reads 184k tokens, and 4 epochs of docstrings, code, sums without what later phases read are 76k; "
+        "shorten its pre-training, or add sources"
     )
     assert not (home / "home/mixtures").exists()
 

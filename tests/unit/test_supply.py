@@ -117,6 +117,11 @@ def test_a_probe_goes_before_what_is_stated(tmp_path: Path, monkeypatch: pytest.
     assert (probed.basis, probed.tokens, probed.lacks_probe) == ("probed", 5e8, False)
     assert write(10**9, {}, problem="cut").lacks_probe
     assert not write(10**9, {"acknowledged_unprobed": {"web": "a look by hand"}}, problem="cut").lacks_probe
+    smoke["sources"][-1]["reader"] = {**reader, "limit": 3}
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(smoke))
+    assert write(9 * 10**8, {}).tokens == pytest.approx(1.5e8), "three of nine documents, half of them held out"
+    smoke["sources"][-1]["reader"] = reader
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(smoke))
 
     def submit() -> None:
         recipe_commands.submit(str(path), "h100-pyxis", ignore_fit=True)

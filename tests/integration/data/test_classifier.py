@@ -181,6 +181,7 @@ def test_the_steps_of_a_pipeline_come_before_those_of_the_source(tmp_path: Path)
     [
         ({"classifiers": []}, "classifier-quality must be in `classifiers` and be used by a step"),
         ({"classifiers": [SETTINGS, {**SETTINGS, "name": "spare"}]}, "classifier-spare must be in `classifiers`"),
+        ({"classifiers": [SETTINGS, {**SETTINGS, "keep": 0.5}]}, "two classifiers are named quality"),
         ({"classifiers": [{**SETTINGS, "positive": ["wiki"]}]}, "quality has examples of wiki, which is no source"),
         ({"classifiers": [{**SETTINGS, "negative": ["good"]}]}, "good is both positive and negative; give `pattern`"),
         ({"classifiers": [{**SETTINGS, "pattern": "("}]}, "is no regular expression"),

@@ -31,14 +31,23 @@ PUBLIC_DOMAIN = "LicenseRef-Public-Domain"
 DEDICATIONS = ("CC0-1.0", "CC-PDM-1.0", "CC-PDDC", "PDDL-1.0", "Unlicense", "LicenseRef-Public-Domain-US")
 # Matches identifiers of licenses that forbid commercial use or derived works.
 RESTRICTED = re.compile(r"-N[CD]\b")
+_SHARE_ALIKE = re.compile(r"-SA\b|GFDL")
 # Matches the identifiers that GNU licenses had in earlier lists of SPDX.
 _DEPRECATED = re.compile(r"\b([AL]?GPL-\d\.\d|GFDL-\d\.\d)(\+)?(?![\w.+-])")
-_LINK = re.compile(r"<[^<>]*?\bhref\s*=\s*[\"']?([^\"'\s<>]+)[^<>]*>", re.IGNORECASE)
-_TAG = re.compile(r"</?[a-z!][^<>]*>", re.IGNORECASE)
-_WORD = re.compile(r"(?:https?:)?//[^\s<>\"']+|(?:[a-z0-9-]+\.)+[a-z]{2,}/[^\s<>\"']*|\d+(?:[._-]\d+)*|[^\W\d_]+|\S")
+# An element of HTML with a link, or a link in angle brackets, as in Markdown.
+_LINK = re.compile(r"<(?:[^<>]*?\bhref\s*=\s*[\"']?|(?=https?://))([^\"'\s<>]+)[^<>]*>", re.IGNORECASE)
+# Of HTML and JATS. Other words in angle brackets may be part of a license.
+_TAG = re.compile(
+    r"</?(?:a|b|bold|br|div|em|ext-link|font|i|img|italic|li|license-p|p|small|span|strong|sub|sup|u|ul|uri)\b[^<>]*>",
+    re.IGNORECASE,
+)
+# A letter after a number is part of it: `OGL 1.0a` is no version of the Open Government Licence.
+_WORD = re.compile(
+    r"(?:https?:)?//[^\s<>\"']+|(?:[a-z0-9-]+\.)+[a-z]{2,}/[^\s<>\"']*|\d+(?:[._-]\d+)*(?:[a-z]\b)?|[^\W\d_]+|\S"
+)
 # Elements of Creative Commons that are written as one word, such as ccbyncsa.
 _JOINED = re.compile(r"(cc)?(by)(nc)?(sa|nd)?")
-_IGNORED = frozenset("-–—‐‑−_.:()[]{}<>\"'“”‘’´`«»™®・")
+_IGNORED = frozenset("-–—‐‑−_.:()[]{}\"'“”‘’´`«»™®・")
 _OPERATORS = {"or": "OR", "and": "AND", "&": "AND", ",": ",", ";": "AND", "/": "AND", "|": "AND"}
 Words = tuple[str, ...]
 # A value, and the position after the words that have it.
@@ -117,8 +126,8 @@ def expression_of(text: str) -> str | None:
     """Returns the SPDX expression of a license string; None unless all of it is understood.
 
     Licenses joined by `or` are alternatives, and so are those of a `dual` license. All others apply together, also
-    where a slash or a comma is between them, which people use for both. Alternatives of which one forbids commercial
-    use or derived works have no expression unless they are SPDX: such words are often about the parts of a collection.
+    where a slash or a comma is between them, which people use for both. Alternatives that `_are_a_choice` rejects have
+    no expression unless they are SPDX.
     """
     if len(text) > LONGEST:
         return None
@@ -130,9 +139,19 @@ def expression_of(text: str) -> str | None:
 def _one(text: str) -> str | None:
     expression = current_spdx(text) or _Statement(words(text)).expression()
     # The operators of SPDX have upper case; others are not those of somebody who writes SPDX.
-    if expression and " OR " in expression and " OR " not in text and RESTRICTED.search(expression):
+    if expression and " OR " in expression and " OR " not in text and not _are_a_choice(expression.split(" OR ")):
         return None
     return expression and spdx(expression)
+
+
+def _are_a_choice(alternatives: Sequence[str]) -> bool:
+    """Returns False for alternatives that are often those of the parts of a collection.
+
+    These are alternatives of which one forbids commercial use or derived works, or of which some are share-alike
+    licenses of texts and others are not, such as `CC BY or CC BY-SA`.
+    """
+    share_alike = {_SHARE_ALIKE.search(license) is not None for license in alternatives}
+    return len(share_alike) == 1 and not any(map(RESTRICTED.search, alternatives))
 
 
 def all_of(expressions: set[str | None]) -> str | None:
@@ -270,7 +289,7 @@ class _Statement:
             return None
         if "OR" not in operators and not (operators and {"dual", "either"} & set(self.tokens)):
             return " AND ".join(distinct)
-        return None if any(map(RESTRICTED.search, distinct)) else " OR ".join(distinct)
+        return " OR ".join(distinct) if _are_a_choice(distinct) else None
 
 
 def most_exact(license: str, stated: Sequence[str]) -> str:

@@ -25,7 +25,8 @@ _GAP = r"[\s#*/;%-]+"
 TERMS = re.compile(
     rf"permission{_GAP}(?:is|to{_GAP}(?:use|copy))|redistribut|SPDX-License-Identifier|licen[sc]ed{_GAP}under"
     rf"|public{_GAP}domain|@licen[sc]e\b|general{_GAP}public{_GAP}license|mozilla{_GAP}public{_GAP}license"
-    rf"|boost{_GAP}software{_GAP}license|creativecommons\.org/licen|(?:released|distributed){_GAP}under{_GAP}the{_GAP}",
+    rf"|boost{_GAP}software{_GAP}license|creativecommons\.org/licen|(?:released|distributed){_GAP}under{_GAP}the{_GAP}"
+    rf"|commons{_GAP}clause|business{_GAP}source{_GAP}license",
     re.IGNORECASE,
 )
 RESERVED = re.compile(rf"all{_GAP}rights{_GAP}reserved", re.IGNORECASE)
@@ -45,7 +46,7 @@ _REFERS = re.compile(r"(?:found in|see|in) (?:the )?\W*(?:license|copying)\b[\w.
 # Words of terms that are not open.
 _RESTRICTED = re.compile(
     r"non-?commercial|no derivativ|(?:academic|research|educational|personal|evaluation|internal) (?:use|purposes)|"
-    r"confidential|proprietary"
+    r"confidential|proprietary|commons clause|business source license"
 )
 _MARKS = re.compile(r"^[ \t\r#*/;%!\"'<>-]*(?:(?:rem|dnl|\.\.) )?|[ \t\r#*/]+$", re.MULTILINE)
 
@@ -95,11 +96,13 @@ def in_header(text: str, granted: re.Pattern[str] | None = None, within: int = H
 def in_footer(text: str) -> Notice | None:
     """Returns the notice at the end of a page's text; None if it states no license, and does not reserve all rights."""
     footer = text[-FOOTER:]
-    match = RESERVED.search(footer) or re.search(r"licen[sc]ed\s+under|creative\s*commons", footer, re.IGNORECASE)
+    reserved = RESERVED.search(footer)
+    match = reserved or re.search(r"licen[sc]ed\s+under|creative\s*commons", footer, re.IGNORECASE)
     if match is None:
         return None
-    license = _license_of(footer)
-    is_term = license is not None or RESERVED.search(footer) or _RESTRICTED.search(_plain(footer))
+    # Beside reserved rights, a license is that of a part, such as of the icons.
+    license = None if reserved else _license_of(footer)
+    is_term = license is not None or reserved or _RESTRICTED.search(_plain(footer))
     return Notice(_line(footer, match), license) if is_term else None
 
 
