@@ -246,10 +246,11 @@ def test_a_twin_is_compared_with_the_base_model_on_the_same_documents(evidence: 
     base, twin, other = release.sizes
     assert base.bits is not None and base.bits["value"] == 2.5 and other.bits is None
     assert twin.difference is not None and twin.difference["value"] == pytest.approx(35 / 300)
-    # differences of 10, 12 and 13 bits in 100 bytes each: their standard deviation over the root of three documents
+    # differences of 10, 12 and 13 bits in 100 bytes each: their standard deviation over the root of three documents,
+    # and Student's interval of two degrees of freedom
     assert twin.difference["se"] == pytest.approx(statistics.stdev([0.10, 0.12, 0.13]) / 3**0.5)
     row = tables.twins(release.sizes)[-1]
-    assert "| `size-1` | 20,000 |" in row and "| 2.617±0.295 | +0.117 (+0.099 to +0.134) |" in row
+    assert "| `size-1` | 20,000 |" in row and "| 2.617±0.295 | +0.117 (+0.079 to +0.155) |" in row
     assert tables.twins([base, other]) == tables.twins([]) == []
 
     score(tmp_path, "size-1", [210.0, 312.0, 263.0], size=99)
