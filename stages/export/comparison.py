@@ -1,8 +1,10 @@
 """The parity gate of an export: the written files are the checkpoint's tensors, and transformers computes its logits.
 
 The models of the second half have one layer in memory at a time, beside the tables; transformers loads a small one
-whole. The rows' hidden states pass through it, so the operations and their
-results are those of the whole model.
+whole. The rows' hidden states pass through it, so the operations and their results are those of the whole model.
+
+Where two experts of a router nearly tie, rounding may choose another one in each model. The logits of that token then
+differ, and those of later tokens a little, by attention to it. From such a token on, a row is compared by its median.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +73,27 @@ def slice_positions(vocab_size: int) -> int:
     return max(1, SLICE_BYTES // (4 * vocab_size))
 
 
+NEAR_TIE = 1e-5
+"""Difference of two router scores below which rounding may choose either of their experts."""
+
+
+def near_ties(router: Any, hidden: Tensor) -> list[int]:
+    """Returns the positions at which the last expert that a router chooses nearly ties with the first that it leaves.
+
+    Args:
+        router: Megatron's router.
+        hidden: Its input, [positions, 1, hidden].
+    """
+    scores = router.gating(hidden)[:, 0].float()
+    if scores.shape[-1] == router.topk:
+        return []
+    if router.score_function == "sigmoid":
+        scores = scores.sigmoid() + (0 if router.expert_bias is None else router.expert_bias)
+    top = scores.topk(router.topk + 1).values
+    positions: list[int] = (top[:, -2] - top[:, -1] < NEAR_TIE).nonzero().flatten().tolist()
+    return positions
+
+
 class _FirstLayer(Exception):
     """The arguments of the first layer."""
 
@@ -86,10 +109,12 @@ def megatron_logits(
     rows: list[list[int]],
     vocab_size: int,
     steps: Mapping[int, int] | None = None,
+    ties: Sequence[set[int]] = (),
 ) -> Generator[Tensor, None, None]:
     """The fp32 logits of Megatron's model, [positions, vocab_size], of each row one slice after the other.
 
-    steps: the distance of neighbors' positions in rows of that length, if it is not 1.
+    steps: the distance of neighbors' positions in rows of that length, if it is not 1. ties: of each row a set, which
+    gets the positions of near ties before the first slice.
 
     Raises AtomError if a tensor does not have the model's shape.
     """
@@ -122,8 +147,15 @@ def megatron_logits(
         hook.remove()
         for layer in gpt.decoder.layers:
             fill(layer, f"decoder.layers.{layer.model_layer}")
+            found: list[list[int]] = []
+            if ties and hasattr(layer.mlp, "router"):
+                layer.mlp.router.register_forward_pre_hook(
+                    lambda router, inputs, found=found: found.append(near_ties(router, inputs[0]))
+                )
             for call in calls:
                 call["hidden_states"] = layer(**call)[0]
+            for near, positions in zip(ties, found, strict=False):  # none of a layer without a router
+                near.update(positions)
             # One layer in memory at a time.
             layer.to("meta")
         fill(gpt.decoder.final_layernorm, "decoder.final_layernorm")
@@ -152,10 +184,13 @@ def compare_logits(
     work: Path,
     by_layer: bool,
     steps: Mapping[int, int] | None = None,
-) -> float:
-    """Loads the folder with transformers in a fresh interpreter. Returns the largest logit difference.
+    ties: Sequence[set[int]] = (),
+) -> tuple[float, int]:
+    """Loads the folder with transformers in a fresh interpreter.
 
-    logits, steps: slices as `megatron_logits` gives them. by_layer: the interpreter loads one layer at a time.
+    logits, steps, ties: as `megatron_logits` gives them. by_layer: the interpreter loads one layer at a time.
+    Returns the largest difference of a logit, and the number of tokens that are compared by it: all but those from a
+    near tie on at which the models differ.
     Raises CheckFailed if it does not load completely, or if a logit differs by the tolerance or more.
     """
     offline = {
@@ -182,7 +217,13 @@ def compare_logits(
                 # Before the request, which states how many positions a slice has.
                 part = next(slices)
                 row_steps = [(steps or {}).get(len(row), 1) for row in rows]
-                request = {"rows": rows, "steps": row_steps, "positions": slice_positions(part.shape[-1])}
+                request = {
+                    "rows": rows,
+                    "steps": row_steps,
+                    "positions": slice_positions(part.shape[-1]),
+                    "tolerance": tolerance,
+                    "ties": [sorted(row) for row in ties] or [[]] * len(rows),
+                }
                 process.stdin.write(json.dumps(request).encode() + b"\n")
                 while True:
                     process.stdin.write(part.contiguous().numpy().data)
@@ -209,4 +250,4 @@ def compare_logits(
             f"export parity: the logits of {folder} differ from Megatron's by {delta:.3g} at position {position} of "
             f"parity row {row}, tolerance {tolerance:g}; the export is refused"
         )
-    return float(delta)
+    return float(delta), int(result["tokens"])
