@@ -1,4 +1,4 @@
-"""`vllm serve --config serve.yaml` serves a chat model of a release, and OpenAI's client asks it.
+"""`vllm serve --config serve.yaml` serves a chat model of a release; OpenAI's client and `atom chat` ask it.
 
 vLLM wants an environment of its own: `make test-vllm` makes one and names its interpreter in ATOM_VLLM_PYTHON.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import sys
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -80,3 +81,14 @@ def test_the_options_are_taken_and_a_client_is_answered(endpoint: str, tmp_path:
     assert process.returncode == 0, process.stderr[-3000:]
     models, reason, tokens = json.loads(process.stdout)
     assert models == [REPO] and reason in ("stop", "length") and 1 <= tokens <= 8
+
+
+def test_atom_chat_talks_to_it(endpoint: str) -> None:
+    command = [sys.executable, "-m", "pipeline.cli", "chat", endpoint, "--prompt", "What is 1+1?", "--max-tokens", "8"]
+    process = subprocess.run([*command, "--json"], capture_output=True, text=True, check=False, timeout=300)
+    assert process.returncode == 0, process.stderr[-3000:]
+    reply = json.loads(process.stdout)
+    assert reply["stopped"] in ("end", "limit") and 1 <= reply["tokens"] <= 8 and reply["answer"]
+
+    process = subprocess.run([*command, "--model", "another"], capture_output=True, text=True, check=False, timeout=60)
+    assert process.returncode == 2 and f"give --model, one of those of {endpoint}: {REPO}" in process.stderr
