@@ -84,11 +84,14 @@ def test_the_options_are_taken_and_a_client_is_answered(endpoint: str, tmp_path:
 
 
 def test_atom_chat_talks_to_it(endpoint: str) -> None:
-    command = [sys.executable, "-m", "pipeline.cli", "chat", endpoint, "--prompt", "What is 1+1?", "--max-tokens", "64"]
-    process = subprocess.run([*command, "--json"], capture_output=True, text=True, check=False, timeout=300)
+    command = [sys.executable, "-m", "pipeline.cli", "chat", endpoint, "--prompt", "What is 1+1?", "--max-tokens", "16"]
+    # The likeliest tokens of a model with random weights may be special ones, which are no text.
+    process = subprocess.run(
+        [*command, "--temperature", "2", "--json"], capture_output=True, text=True, check=False, timeout=300
+    )
     assert process.returncode == 0, process.stderr[-3000:]
     reply = json.loads(process.stdout)
-    assert reply["stopped"] in ("end", "limit") and 1 <= reply["tokens"] <= 64 and reply["answer"]
+    assert reply["stopped"] in ("end", "limit") and 1 <= reply["tokens"] <= 16 and reply["answer"]
 
     process = subprocess.run([*command, "--model", "another"], capture_output=True, text=True, check=False, timeout=60)
     assert process.returncode == 2 and f"give --model, one of those of {endpoint}: {REPO}" in process.stderr

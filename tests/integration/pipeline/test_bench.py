@@ -48,9 +48,9 @@ def test_checkpoint_benchmark() -> None:
 
 @at_length("benchmarks", 60)
 def test_ablations_compare_two_arms_of_one_seed() -> None:
-    *_, row = run_quick("ablations", "rate")
+    *_, row = run_quick("ablations", "muon")
     name, control, arm, effect = row.split()[:4]
-    assert name == "rate" and float(effect) == pytest.approx(float(arm) - float(control), abs=2e-4)
+    assert name == "muon" and float(effect) == pytest.approx(float(arm) - float(control), abs=2e-4)
 
 
 def test_a_ladder_takes_the_best_rate_and_forecasts_a_run_of_its_law() -> None:
