@@ -113,13 +113,23 @@ def words(text: str) -> Words:
     return tuple(tokens)
 
 
-def current_spdx(text: str) -> str | None:
-    """Returns an SPDX expression in the spelling of SPDX, with today's names of GNU licenses; None if it is none."""
+def stated_spdx(text: str) -> str | None:
+    """Returns an SPDX expression of a source in the spelling of SPDX; None if it is none, or has a LicenseRef.
+
+    What such a name means is known of the names that this project or a map gives alone: a recipe that allows one of
+    these would else allow whatever a row calls by it.
+    """
     try:
         expression = spdx(text)
     except (ValueError, RecursionError):
         return None
-    return _DEPRECATED.sub(lambda match: f"{match[1]}-{'or-later' if match[2] else 'only'}", expression)
+    return None if "LicenseRef-" in expression else expression
+
+
+def current_spdx(text: str) -> str | None:
+    """Returns an SPDX expression of a source with today's names of GNU licenses; None as `stated_spdx`."""
+    expression = stated_spdx(text)
+    return expression and _DEPRECATED.sub(lambda match: f"{match[1]}-{'or-later' if match[2] else 'only'}", expression)
 
 
 def expression_of(text: str) -> str | None:
