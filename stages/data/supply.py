@@ -32,6 +32,10 @@ class SupplySection(Config):
     acknowledged_unprobed: dict[SourceName, Line] = Field(default={}, max_length=MOST_SOURCES)
     """by source of the Hub, why `atom submit` may take its supply without a probe"""
 
+    def most_epochs(self, source: str) -> float:
+        """Returns how often all phases together may read a source."""
+        return max(self.max_epochs, self.acknowledged_epochs.get(source, 0.0))
+
 
 def supplies(
     section: SupplySection, data: DataRecipe, asked: Mapping[str, Mapping[str, float]]
@@ -75,6 +79,6 @@ def _supply(section: SupplySection, source: SourceConfig, data: DataRecipe, aske
         basis=basis,
         where=where,
         asked=asked,
-        most_epochs=max(section.max_epochs, section.acknowledged_epochs.get(source.name, 0.0)),
+        most_epochs=section.most_epochs(source.name),
         lacks_probe=can_probe and (probe is None or bool(probe.problem)),
     )
