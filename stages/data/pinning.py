@@ -95,6 +95,7 @@ def pin(path: Path, sample: bool = True) -> Iterator[Pin]:
         sample: Read a sample of each source; without one, its earlier probe stays if it is of the same files.
 
     Raises:
+        RecipeError: At the beginning, if there is nothing to pin, or if the lock file is damaged, which stays as it is.
         AtomError: At the end, if some sources cannot be pinned or probed. Their earlier entries stay.
     """
     recipe = load(path)
@@ -104,7 +105,7 @@ def pin(path: Path, sample: bool = True) -> Iterator[Pin]:
             f"data recipe {escaped(path.stem, 80)} has no source with the reader hub; there is nothing to pin"
         )
     lock = lock_of(path)
-    known, failures, hashes = _known(lock), dict[str, AtomError](), dict[str, set[str]]()
+    known, failures, hashes = hub_files.read(lock), dict[str, AtomError](), dict[str, set[str]]()
     entries = {source.name: known[source.name] for source in sources if source.name in known}
     stopped = threading.Event()
     client.load()  # imported once, before threads use it
@@ -191,11 +192,3 @@ def _joined(failures: list[AtomError], sources: int) -> AtomError:
     others = sources - len(failures)
     in_order = f"; {others} of {sources} sources are in order" if others else ""
     return kind(f"{shown}{in_order}")
-
-
-def _known(lock: Path) -> Mapping[str, LockedSource]:
-    """Returns the sources in a lock file; none if it is damaged, as it is written anew."""
-    try:
-        return hub_files.read(lock)
-    except RecipeError:
-        return {}

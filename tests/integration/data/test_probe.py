@@ -174,6 +174,20 @@ def test_a_second_pin_requests_no_sample_again(hub: Hub, tmp_path: Path) -> None
     assert recipes.lock_of(path).read_bytes() == before
 
 
+def test_a_damaged_lock_file_is_left_alone(hub: Hub, tmp_path: Path) -> None:
+    """It has the commits and the probes of all sources, which nothing can tell once it is written over."""
+    hub.add("local/web", {"a.json.gz": gz(pages(0))})
+    path = recipe(tmp_path, source("web", license_field="meta.license"))
+    probed(path)
+    lock = recipes.lock_of(path)
+    for content in (lock.read_bytes()[:-200], lock.read_bytes().replace(b'"pieces": 1', b'"pieces": "many"'), b""):
+        lock.write_bytes(content)
+        with pytest.raises(AtomError, match=r"^lock file mine.lock.yaml: .*; restore it, or remove it") as caught:
+            command.pin(str(path))
+        assert caught.value.exit_code == 2 and "\n" not in str(caught.value)
+        assert lock.read_bytes() == content
+
+
 def test_one_source_that_fails_leaves_the_others(hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Vanished, gated, not what its name says, and without the column: each has a sentence, and what was learnt stays."""
     hub.add("local/web", {"a.json.gz": gz(pages(0))})
