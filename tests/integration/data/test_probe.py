@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 import random
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,13 @@ from pipeline.hub import client
 from release.commands import pinning as command
 from release.web_page import page
 from stages.data import pinning
-from stages.data.acquire import hub_files, hub_samples
+from stages.data.acquire import acquire_stage, hub_files, hub_samples
 from stages.data.acquire.source_probe import Probe
+from stages.data.curate import filter_stage
 from stages.data.recipe import load
 from stages.data.supply import SupplySection, supplies
 from stages.formats import tokenizer
+from stages.formats.table import ITEMS, write_rows
 from tests.fixtures.hub_fixtures import Hub
 
 WORDS = ("the", "quick", "brown", "fox", "jumps", "over", "lazy", "dogs", "while", "seven", "small", "boats", "sail")
@@ -263,6 +266,32 @@ def test_the_tokenizer_of_a_recipe_is_there_once_it_is_sealed(tmp_path: Path, mo
     write_manifest(store.artifacts / key, key)
     assert pinning.tokenizer_of("atom-smoke", store) == store.artifacts / key / "tokenizer.json"
     assert pinning.tokenizer_of("smoke", store) is None
+
+
+def test_a_secret_is_counted_and_is_not_trained_on(hub: Hub, tmp_path: Path, run_stage: Any) -> None:
+    rows, key = pages(0, license="MIT"), "AKIA" + "Q3EXK7ZL" + "T5MNWB2V"
+    rows[4]["text"] += f" {TOKEN}"
+    rows[9]["text"] += f" aws_access_key_id = {key}"
+    hub.add("local/web", {"a.json.gz": gz(rows)})
+    path = recipe(tmp_path, source("web", license_field="meta.license"))
+
+    probes, failure = probed(path)
+
+    probe, rules = probes["web"], {"secrets/github_token": 1, "secrets/aws_access_key": 1}
+    assert failure == "" and probe.secrets == 2 and probe.kept_documents == 58
+    assert {rule: row.documents for rule, row in probe.removed.items()} == rules
+    lock = recipes.lock_of(path).read_text()
+    assert TOKEN not in lock and key not in lock
+
+    data = load(path).resolved()
+    write_rows(tmp_path / "items/items.parquet", ITEMS, [])
+    inputs = {"items": write_manifest(tmp_path / "items", "items")}
+    inputs["web"] = run_stage(acquire_stage.STAGE, data.acquire_config("web", 0), {})
+    filtered = run_stage(filter_stage.STAGE, data.filter_config(0), inputs)
+    tables = {file: pq.read_table(file).to_pylist() for file in filtered.path.rglob("*.parquet")}
+    assert Counter(row["rule"] for table in tables.values() for row in table if row.get("rule")) == rules
+    assert sum(len(table) for file, table in tables.items() if "kept" in file.parts) == 58
+    assert not any(secret in str(tables) for secret in (TOKEN, key))
 
 
 def test_one_source_that_fails_leaves_the_others(hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
