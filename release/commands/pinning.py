@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from pipeline.graph.recipe import lock_of
-from pipeline.operations.command_options import DATA, JsonOption
+from pipeline.operations.command_options import DATA, JsonOption, open_store
 
 app = typer.Typer()
 
@@ -32,7 +32,8 @@ def pin(
     The Hub at HF_ENDPOINT is asked for the commit of each source's revision, and for the size and digest of each file
     that matches its pattern. Of some files, some MB are read, and the reader and the steps of the source run on them:
     what `atom plan` needs to know of licenses, languages, removals and tokens. All of this is written to NAME.lock.yaml
-    beside the data recipe NAME.yaml, source by source. The same command goes on after an interruption.
+    beside the data recipe NAME.yaml, source by source. The same command goes on after an interruption. If RECIPE is a
+    recipe whose tokenizer is sealed, it counts the tokens; else they are bytes_per_token of each source.
 
     Exit code 2 says that some source cannot be had or used as it is; the others are pinned all the same. HF_TOKEN, or
     the token of `hf auth login`, is used for private and gated datasets.
@@ -44,9 +45,9 @@ def pin(
 
     pins, failure = [], None
     path = pinning.data_recipe(recipe)
-    lock = lock_of(path)
+    lock, tokenizer = lock_of(path), None if no_sample else pinning.tokenizer_of(recipe, open_store())
     try:
-        for row in pinning.pin(path, not no_sample):
+        for row in pinning.pin(path, not no_sample, tokenizer):
             pins.append(row.json())
             if not as_json:
                 print(row, flush=True)

@@ -146,8 +146,9 @@ def mix(
 
     The small recipe is run with drawn weights in pretrain.mix, up to evaluate-base. What is sealed is not run again,
     and Ctrl-C stops cleanly. A law is fitted to the bits per byte of each domain, and the mix with the least mean is
-    proposed for the run of --for, whose phases together read no source more often than its supply.max_epochs. On a
-    Slurm cluster the proxies are submitted; run the command again once they are sealed.
+    proposed for the run of --for, whose phases together read no source more often than its supply.max_epochs, or
+    supply.acknowledged_epochs of that source. On a Slurm cluster the proxies are submitted; run the command again
+    once they are sealed.
 
     Example: atom mix small --for large --runs 24 --out mix
     """

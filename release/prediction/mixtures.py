@@ -204,7 +204,7 @@ class Target(NamedTuple):
     Attributes:
         name: Its recipe.
         tokens: Tokens of its pre-training.
-        epochs: How often all phases together may read a source.
+        epochs: By source, how often all phases together may read it.
         supply: The supply of the S sources, by name.
         limits: The largest weights [S]: those with which a source is read as often as the recipe takes, or 1. What
             later phases read counts as well.
@@ -212,7 +212,7 @@ class Target(NamedTuple):
 
     name: str
     tokens: int
-    epochs: float
+    epochs: Mapping[str, float]
     supply: Mapping[str, Supply]
     limits: Array
 
@@ -223,17 +223,18 @@ def target_of(graph: Graph, sources: Sequence[str], store: Store) -> Target:
     if missing := [source for source in sources if source not in supply]:
         raise AtomError(f"the data of {name} has no source {missing[0]}, which the proxies mix; add it there")
     supply, tokens = {source: supply[source] for source in sources}, config["phase"].tokens()
-    epochs = float(vars(graph.recipe.config)["supply"].max_epochs)
+    epochs = {source: float(vars(graph.recipe.config)["supply"].most_epochs(source)) for source in sources}
     later = {row.source: sum(row.asked.values()) - row.asked.get(NODE, 0.0) for row in dag.supply(graph)}
     most = [
-        1.0 if known is None else max(0.0, epochs * known - later.get(source, 0.0)) / tokens
+        1.0 if known is None else max(0.0, epochs[source] * known - later.get(source, 0.0)) / tokens
         for source, (known, _) in supply.items()
     ]
     limits = np.minimum(most, 1.0)
     if np.floor(limits * mixing_law.UNITS).sum() < mixing_law.UNITS:
         raise AtomError(
-            f"{name} reads {human(tokens)} tokens, and {epochs:g} epochs of {', '.join(sources)} without what later "
-            f"phases read are {human(sum(most) * tokens)}; shorten its pre-training, or add sources"
+            f"{name} reads {human(tokens)} tokens, and the epochs that its supply allows of {', '.join(sources)}, "
+            f"without what later phases read, are {human(sum(most) * tokens)}; shorten its pre-training, add sources, "
+            "or acknowledge more by supply.acknowledged_epochs"
         )
     return Target(name, tokens, epochs, supply, limits)
 
@@ -269,7 +270,7 @@ def report_of(proxies: Sequence[Graph], target: Target, domains: Mapping[str, fl
     fit = mixing_law.fit(np.asarray([_row(sources, mix_of(proxy)) for proxy in proxies]), measured)
     findings = _findings(fit, target, np.asarray(list(domains.values())) / sum(domains.values()), list(domains))
     about = {"schema": SCHEMA, "formula": mixing_law.FORMULA, "level": LEVEL}
-    about["target"] = {"name": target.name, "tokens": target.tokens, "epochs": target.epochs}
+    about["target"] = {"name": target.name, "tokens": target.tokens}
     return {**about, **findings, "remarks": list(_remarks(proxies[0], findings))}
 
 
@@ -294,14 +295,17 @@ def _findings(fit: Fit, target: Target, factors: Array, domains: Sequence[str]) 
         mixes["natural"] = _row(sources, natural)
     drawn = np.asarray([best(Law(*pair), factors) for pair in zip(draws.floors, draws.slopes, strict=True)])
     bands = [asdict(band(float(weight), row)) for weight, row in zip(proposed, drawn.T, strict=True)]
-    rows = zip(target.supply.items(), target.limits.tolist(), bands, strict=True)
+    rows = zip(target.supply.items(), target.epochs.values(), target.limits.tolist(), bands, strict=True)
     laws = zip(domains, factors.tolist(), law.floors.tolist(), law.slopes, strict=True)
     pairs = [(fit.left_out @ factors, fit.measured @ factors), *zip(fit.left_out.T, fit.measured.T, strict=True)]
     ranks = np.asarray([mixing_law.rank_correlation(*pair) for pair in pairs])
     shares, alone = np.linspace(0, 1, CURVE)[:, None], np.eye(len(factors))
     curves = zip(domains, ((1 - shares) * factors + shares * row for row in alone), strict=True)
     return {
-        "sources": {name: {**known._asdict(), "limit": most, "proposed": row} for (name, known), most, row in rows},
+        "sources": {
+            name: {**known._asdict(), "epochs": epochs, "limit": most, "proposed": row}
+            for (name, known), epochs, most, row in rows
+        },
         "domains": {name: {"factor": f, "floor": least, "slopes": _named(sources, s)} for name, f, least, s in laws},
         "rank_correlation": _named(["mean", *domains], ranks),
         "mixes": {name: entry(m) | {"expected": spread(m), "above": spread(m, proposed)} for name, m in mixes.items()},

@@ -20,6 +20,7 @@ from release.web_page import markdown_html
 from stages.data.acquire import hub_files
 from stages.data.acquire.hub_files import LockedSource
 from stages.data.acquire.source_probe import Probe
+from stages.data.recipe import load
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -48,12 +49,17 @@ def write_page(path: Path, recipe: Path, failure: str) -> None:
     environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
     entries = hub_files.read(lock_of(recipe))
     probes = {name: entry.probe for name, entry in entries.items() if entry.probe}
+    data = load(recipe)
+    sources = {source.name: source for source in data.sources}
     page = environment.get_template("report.html.jinja").render(
         name=escaped(recipe.stem, 80),
         failure=failure,
         overview=_overview(entries),
         picture=_picture({name: probe for name, probe in probes.items() if probe.sampled_documents}),
-        probes={name: (probe.problem, _details(probe)) for name, probe in probes.items()},
+        probes={
+            name: (data.problem_of(sources[name], probe) if name in sources else probe.problem, _details(probe))
+            for name, probe in probes.items()
+        },
     )
     try:
         atomic_files.write(path, page)

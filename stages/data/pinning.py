@@ -12,19 +12,26 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipeline.core.errors import AtomError, MachineError, RecipeError
 from pipeline.core.progress import human
+from pipeline.core.store import Store, sha256_file
 from pipeline.core.text import escaped
 from pipeline.core.yaml_text import parse_yaml, read_file
+from pipeline.graph import dag
 from pipeline.graph.recipe import find, lock_of
+from pipeline.graph.recipe import load as load_recipe
 from pipeline.hub import client
 from stages.data.acquire import hub_files, hub_samples
 from stages.data.acquire.hub_files import LockedSource
 from stages.data.acquire.hub_samples import Sample
 from stages.data.acquire.readers.hub import Hub
-from stages.data.recipe import DataRecipe, SourceConfig, load
+from stages.data.acquire.source_probe import BY_SETTING, BY_TOKENIZER
+from stages.data.recipe import SourceConfig, load
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 # Sources that are asked at the same time.
 PARALLEL = 8
@@ -87,14 +94,39 @@ def data_recipe(reference: str) -> Path:
     return path if data is None else find(str(data), "data_recipes", "data recipe", path.parent)
 
 
-def pin(path: Path, sample: bool = True) -> Iterator[Pin]:
+def tokenizer_of(reference: str, store: Store) -> Path | None:
+    """Returns the tokenizer.json of a recipe by name or path.
+
+    None for a data recipe, and before there is one: most recipes train theirs on the data that is to be pinned.
+
+    Raises:
+        RecipeError: The recipe is not valid.
+    """
+    path = data_recipe(reference)
+    try:
+        if find(reference, "pipeline.recipes", "recipe") == path:
+            return None
+    except RecipeError:  # of a packaged data recipe, which `data_recipe` has found
+        return None
+    graph = dag.compose(load_recipe(reference), store, without_data=True)
+    for name in ("tokenizer", "import"):
+        if name in graph.nodes and store.sealed(graph.nodes[name].key):
+            file = store.open(graph.nodes[name].key).path / "tokenizer.json"
+            if file.is_file():
+                return file
+    return None
+
+
+def pin(path: Path, sample: bool = True, tokenizer: Path | None = None) -> Iterator[Pin]:
     """Asks the Hub for each of its sources in a data recipe, probes them, and yields each as it is written to the lock.
 
     Args:
         path: The data recipe.
         sample: Read a sample of each source; without one, its earlier probe stays if it is of the same files.
+        tokenizer: The tokenizer.json that counts tokens; None: `bytes_per_token` of each source does.
 
     Raises:
+        RecipeError: At the beginning, if there is nothing to pin, or if the lock file is damaged, which stays as it is.
         AtomError: At the end, if some sources cannot be pinned or probed. Their earlier entries stay.
     """
     recipe = load(path)
@@ -104,9 +136,14 @@ def pin(path: Path, sample: bool = True) -> Iterator[Pin]:
             f"data recipe {escaped(path.stem, 80)} has no source with the reader hub; there is nothing to pin"
         )
     lock = lock_of(path)
-    known, failures, hashes = _known(lock), dict[str, AtomError](), dict[str, set[str]]()
+    known, failures, hashes = hub_files.read(lock), dict[str, AtomError](), dict[str, set[str]]()
     entries = {source.name: known[source.name] for source in sources if source.name in known}
     stopped = threading.Event()
+    tokens_by, counter = BY_SETTING, None
+    if tokenizer is not None:
+        from stages.formats.tokenizer import load_for_corpus
+
+        tokens_by, counter = f"{BY_TOKENIZER}sha256:{sha256_file(tokenizer)}", load_for_corpus(tokenizer)
     client.load()  # imported once, before threads use it
     with TemporaryDirectory() as folder, ThreadPoolExecutor(PARALLEL) as pool:
 
@@ -117,7 +154,9 @@ def pin(path: Path, sample: bool = True) -> Iterator[Pin]:
             entry = hub_files.resolve(source.name, reader.repo, reader.revision, reader.pattern)
             probe = earlier.probe if earlier and (earlier.repo, earlier.files) == (entry.repo, entry.files) else None
             entry = entry.model_copy(update={"probe": probe})
-            if not sample or (probe and not probe.problem and probe.settings == source.probe_settings):
+            # A tokenizer counts better than a setting, and nothing is counted anew by the setting.
+            is_counted = probe and (counter is None or probe.tokens_by == tokens_by)
+            if not sample or (probe and is_counted and not probe.problem and probe.settings == source.probe_settings):
                 return entry, None
             place = Path(folder, source.name)
             place.mkdir()
@@ -132,12 +171,12 @@ def pin(path: Path, sample: bool = True) -> Iterator[Pin]:
                 try:
                     entry, pieces = job.result()
                     if pieces is not None:
-                        entry, hashes[source.name] = _probed(recipe, source, entry, pieces)
+                        entry, hashes[source.name] = _probed(source, entry, pieces, tokens_by, counter)
                 except AtomError as error:
                     failures[source.name] = error
                     continue
-                if entry.probe and entry.probe.problem:
-                    failures[source.name] = AtomError(entry.probe.problem)
+                if entry.probe and (problem := recipe.problem_of(source, entry.probe)):
+                    failures[source.name] = AtomError(problem)
                 entries[source.name] = entry
                 hub_files.write(lock, entries)
                 previous = earlier.revision if earlier and earlier.repo == entry.repo else None
@@ -155,7 +194,7 @@ def pin(path: Path, sample: bool = True) -> Iterator[Pin]:
 
 
 def _probed(
-    recipe: DataRecipe, source: SourceConfig, entry: LockedSource, sample: Sample
+    source: SourceConfig, entry: LockedSource, sample: Sample, tokens_by: str, counter: Tokenizer | None
 ) -> tuple[LockedSource, set[str]]:
     """Returns the entry of a source with its probe, and the content hashes of the sample."""
     from loguru import logger
@@ -165,8 +204,8 @@ def _probed(
     logger.disable("datatrove")  # it logs each of many small steps
     assert isinstance(source.reader, Hub)
     size = sum(file.size for file in entry.rows())
-    measurement = Measurement(source, sample, size, recipe.curation.alarm_share)
-    probe, earlier = measurement.probe(source.probe_settings, source.reader.format), entry.probe
+    measurement = Measurement(source, sample, size, counter)
+    probe, earlier = measurement.probe(source.probe_settings, source.reader.format, tokens_by), entry.probe
     # A sample that was cut earlier than the one before says less.
     if earlier and earlier.settings == probe.settings and earlier.sampled_documents > probe.sampled_documents:
         probe = earlier.model_copy(update={"problem": probe.problem})
@@ -191,11 +230,3 @@ def _joined(failures: list[AtomError], sources: int) -> AtomError:
     others = sources - len(failures)
     in_order = f"; {others} of {sources} sources are in order" if others else ""
     return kind(f"{shown}{in_order}")
-
-
-def _known(lock: Path) -> Mapping[str, LockedSource]:
-    """Returns the sources in a lock file; none if it is damaged, as it is written anew."""
-    try:
-        return hub_files.read(lock)
-    except RecipeError:
-        return {}

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipeline.core.errors import AtomError
 from pipeline.core.text import escaped
@@ -26,14 +26,27 @@ from stages.data.acquire.readers.base import (
     Unreadable,
 )
 from stages.data.acquire.readers.row_files import Row, RowReader, field_at, in_words
-from stages.data.acquire.source_probe import LISTED, LONG, MOST, LicenseString, Probe, RuleShare
-from stages.data.curate.alarms import MIN_DOCUMENTS, filter_losses, require_acknowledged
+from stages.data.acquire.source_probe import (
+    DUPLICATE,
+    LEAST_BYTES,
+    LISTED,
+    LONG,
+    MOST,
+    MOST_BYTES,
+    MOST_RULES,
+    LicenseString,
+    Probe,
+    RuleShare,
+)
+from stages.data.curate.alarms import MIN_DOCUMENTS
 from stages.data.curate.decontamination import ContaminationIndex
 from stages.data.curate.filters.own import most_probable
 from stages.data.curate.source_filter import SECRETS, Removed, SourceFilter
 from stages.data.recipe import SourceConfig
 
-DUPLICATE = "exact_duplicate"
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
 # Strings of a license field that are compared between files; a free text could differ in every row.
 MOST_STRINGS = 1000
 # Fields of a probe; a hostile file may have any number.
@@ -69,18 +82,21 @@ class Measurement:
         problems: Sentences on what is wrong with the source.
     """
 
-    def __init__(self, source: SourceConfig, sample: Sample, total_bytes: int, alarm_share: float) -> None:
+    def __init__(
+        self, source: SourceConfig, sample: Sample, total_bytes: int, tokenizer: Tokenizer | None = None
+    ) -> None:
         """Runs the reader and the steps of a source.
 
         Args:
             source: The source.
             sample: Its sample.
             total_bytes: Bytes of all of its files.
-            alarm_share: The share of a source above which the removals of a rule must be acknowledged.
+            tokenizer: Counts the tokens; None: `bytes_per_token` of the source does.
         """
-        self.source, self.sample, self.total_bytes = source, sample, total_bytes
+        self.source, self.sample, self.total_bytes, self.tokenizer = source, sample, total_bytes, tokenizer
         self.hashes, self.problems = set[str](), list(sample.problems)
         self.counts: list[_PieceCounts] = []
+        self.kept_tokens = 0.0
         self.languages, self.long = Counter[str](), Counter[int]()
         self.failures = Failures(f"source {source.name}", "cannot be read; check the settings of its reader")
         try:
@@ -90,7 +106,7 @@ class Measurement:
             self.steps = SourceFilter(source.name, source.kind, steps, index, allowed)
             for piece in sample.pieces:
                 self._read(piece)
-            self._require_usable(alarm_share)
+            self._require_usable()
         except AtomError as error:
             self.problems.append(str(error))
 
@@ -137,19 +153,19 @@ class Measurement:
         else:
             self.hashes.add(result["content_hash"])
             kept = len(result["text"].encode())
+            tokens = kept / self.source.bytes_per_token
+            if self.tokenizer is not None:
+                tokens = len(self.tokenizer.encode(result["text"], add_special_tokens=False).ids)
+            self.kept_tokens += tokens
             counts.sums["kept_bytes"] += kept
-            self.long.update({n: kept for n in LONG if kept > n * self.source.bytes_per_token})
+            self.long.update({n: kept for n in LONG if tokens > n})
 
-    def _require_usable(self, alarm_share: float) -> None:
+    def _require_usable(self) -> None:
         """Raises AtomError for a source at which acquire or filter would stop, or of whose licenses none is known."""
-        documents, source = self._sum("documents"), self.source
+        documents = self._sum("documents")
         for failures in (self.failures, self.steps.failures):
             failures.require_few(documents)
         self._require_licenses()
-        removed = sum((each.removed for each in self.counts), Counter[str]())
-        del removed[DUPLICATE]
-        losses = filter_losses(source.name, [step.name for step in source.steps], documents, removed)
-        require_acknowledged(losses, alarm_share, {source.name: source.acknowledged_removals}, None)
 
     def _require_licenses(self) -> None:
         reader, counts = self.source.reader, [each for each in self.counts if each.licenses]
@@ -170,9 +186,17 @@ class Measurement:
                     f"as {max(each.licenses)[0]!r}, and {others}; add them to reader.license_strings"
                 )
 
-    def probe(self, settings: str, sampled: str) -> Probe:
-        """Returns the entry of the lock file."""
+    def probe(self, settings: str, sampled: str, tokens_by: str) -> Probe:
+        """Returns the entry of the lock file.
+
+        Args:
+            settings: The digest of the settings of the source.
+            sampled: The format of its files.
+            tokens_by: What counted the tokens, in the words of a lock file.
+        """
         documents, tokens = self._sum("documents"), self.source.bytes_per_token
+        if self.kept_tokens:
+            tokens = min(max(self._sum("kept_bytes") / self.kept_tokens, LEAST_BYTES), MOST_BYTES)
         kept, half = self._estimate("kept_bytes")
         removed = sum((each.removed for each in self.counts), Counter[str]())
         licenses = sum((each.licenses for each in self.counts), Counter[tuple[str, str]]())
@@ -189,7 +213,8 @@ class Measurement:
             kept_bytes=round(kept),
             kept_low=None if half is None else max(0, round(kept - half)),
             kept_high=None if half is None else round(min(kept + half, MOST)),
-            bytes_per_token=tokens,
+            bytes_per_token=round(tokens, 6),
+            tokens_by=tokens_by,
             kept_tokens=round(kept / tokens),
             secrets=sum(count for rule, count in removed.items() if rule.startswith(f"{SECRETS}/")),
             duplicates=removed[DUPLICATE],
@@ -202,7 +227,10 @@ class Measurement:
                 for (string, license), count in _frequent(licenses)
             ),
             languages=_shares(self.languages, self.languages.total()),
-            removed={_bounded(rule): self._rule_share(rule, count, documents) for rule, count in _frequent(removed)},
+            removed={
+                _bounded(rule): self._rule_share(rule, count, documents)
+                for rule, count in _frequent(removed, MOST_RULES)
+            },
             long_documents=_shares(self.long, self._sum("kept_bytes")),
         )
 
@@ -245,9 +273,9 @@ def _bounded(text: str, longest: int = 200) -> str:
     return escaped(escaped(text, longest), longest)
 
 
-def _frequent(counts: Counter[Any]) -> list[tuple[Any, int]]:
+def _frequent(counts: Counter[Any], most: int = LISTED) -> list[tuple[Any, int]]:
     """Returns the most frequent keys with their counts."""
-    return sorted(counts.items(), key=lambda row: (-row[1], str(row[0])))[:LISTED]
+    return sorted(counts.items(), key=lambda row: (-row[1], str(row[0])))[:most]
 
 
 def _shares(counts: Counter[Any], total: int) -> dict[str, float]:

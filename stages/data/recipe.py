@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError, model_validator
 
 from pipeline.core.bounds import MOST_SOURCES, Key, Text
-from pipeline.core.errors import RecipeError
+from pipeline.core.errors import AtomError, RecipeError
 from pipeline.core.extensions import modules_in
 from pipeline.core.stage import Config, added, identity, operational
 from pipeline.core.store import canonical, sha256_bytes
@@ -28,11 +28,11 @@ from stages.data.acquire.licenses.expressions import AllowedLicenses, Licenses, 
 from stages.data.acquire.readers.base import Reader
 from stages.data.acquire.readers.generated import Generated
 from stages.data.acquire.readers.hub import Hub
-from stages.data.acquire.source_probe import BytesPerToken, Probe
+from stages.data.acquire.source_probe import DUPLICATE, BytesPerToken, Probe
 from stages.data.acquire.sources import Source, resolve_tree_digest
 from stages.data.blocks import Block, Extensions, extension_folders
 from stages.data.curate import deny_list, filter_stage
-from stages.data.curate.alarms import RULES, Acknowledged
+from stages.data.curate.alarms import RULES, Acknowledged, filter_losses, require_acknowledged
 from stages.data.curate.classifier_stage import ClassifierSettings
 from stages.data.curate.dedup_stage import DedupSource
 from stages.data.curate.duplicates_stage import SearchedSource
@@ -65,14 +65,15 @@ class SourceConfig(Source):
     supply: Stated | None = operational(None)
     """tokens of the source that somebody states, for `atom plan` until `atom pin` has probed it; null: unknown"""
     bytes_per_token: BytesPerToken = operational(4.0)
-    """bytes of text in a token, by which `atom pin` turns the bytes of a sample into tokens"""
+    """bytes of text in a token, by which `atom pin` turns the bytes of a sample into tokens, unless the recipe's
+    tokenizer is sealed and counts them"""
 
     @property
     def probe_settings(self) -> str:
         """The digest of what decides on the documents that a sample keeps, and on what is said of them."""
         names = "kind license document_license license_allow reader steps"
         fields = {name: value for name, value in identity(self).items() if name in names.split()}
-        others = self.bytes_per_token, self.acknowledged_removals, acquire_stage.VERSION, filter_stage.VERSION
+        others = self.bytes_per_token, acquire_stage.VERSION, filter_stage.VERSION
         return f"sha256:{sha256_bytes(canonical([fields, *others]))}"
 
     @property
@@ -209,6 +210,19 @@ class DataRecipe(Config):
     def steps_of(self, source: SourceConfig) -> tuple[Filter, ...]:
         """Returns the steps of the pipeline that a source names, then its own."""
         return (*self.pipelines.get(source.pipeline or "", ()), *source.steps)
+
+    def problem_of(self, source: SourceConfig, probe: Probe) -> str:
+        """Returns what a probe says is wrong with a source, alarms by the present settings included; empty: nothing."""
+        removed = {rule: row.documents for rule, row in probe.removed.items() if rule != DUPLICATE}
+        steps = [step.name for step in self.steps_of(source)]
+        losses = filter_losses(source.name, steps, probe.sampled_documents, removed)
+        try:
+            require_acknowledged(
+                losses, self.curation.alarm_share, {source.name: source.acknowledged_removals}, report=None
+            )
+        except AtomError as alarm:
+            return "; ".join(filter(None, (probe.problem, str(alarm))))
+        return probe.problem
 
     def resolved(self) -> DataRecipe:
         """Returns the recipe with the digests of all source trees and of the deny-list, from the files on disk.

@@ -32,6 +32,10 @@ class SupplySection(Config):
     acknowledged_unprobed: dict[SourceName, Line] = Field(default={}, max_length=MOST_SOURCES)
     """by source of the Hub, why `atom submit` may take its supply without a probe"""
 
+    def most_epochs(self, source: str) -> float:
+        """Returns how often all phases together may read a source."""
+        return max(self.max_epochs, self.acknowledged_epochs.get(source, 0.0))
+
 
 def supplies(
     section: SupplySection, data: DataRecipe, asked: Mapping[str, Mapping[str, float]]
@@ -59,13 +63,14 @@ def _kept_by_classifiers(source: SourceConfig, data: DataRecipe) -> float:
 
 def _supply(section: SupplySection, source: SourceConfig, data: DataRecipe, asked: Mapping[str, float]) -> SourceSupply:
     share = 1 - data.heldout_fraction_of(source)
-    tokens, basis, where, probe = None, "unknown", "", source.probe
+    tokens, basis, where, probe, problem = None, "unknown", "", source.probe, ""
     if probe is not None:
+        problem = data.problem_of(source, probe)
         assert isinstance(source.reader, Hub)
         tokens = probe.kept_tokens * source.limited_share * share * _kept_by_classifiers(source, data)
         basis = "probed"
         where = f"{probe.sampled_documents:,} documents of {source.reader.repo} ({probe.sampled}: {probe.pieces})"
-        where += f", with a problem: {probe.problem}" if probe.problem else ""
+        where += f", with a problem: {problem}" if problem else ""
     elif source.supply is not None:
         tokens, basis, where = source.supply.tokens * share, "stated", source.supply.where
     can_probe = isinstance(source.reader, Hub) and source.name not in section.acknowledged_unprobed
@@ -75,6 +80,6 @@ def _supply(section: SupplySection, source: SourceConfig, data: DataRecipe, aske
         basis=basis,
         where=where,
         asked=asked,
-        most_epochs=max(section.max_epochs, section.acknowledged_epochs.get(source.name, 0.0)),
-        lacks_probe=can_probe and (probe is None or bool(probe.problem)),
+        most_epochs=section.most_epochs(source.name),
+        lacks_probe=can_probe and (probe is None or bool(problem)),
     )

@@ -56,6 +56,7 @@ def of_patterns(*paragraphs: tuple[str, str]) -> Copyright:
         ("Unicode-DFS-2016 and Expat", "Unicode-DFS-2016 AND MIT"),
         ("MIT", None),
         (f"MIT{EXPAT_TEXT}", "MIT"),
+        ("LicenseRef-Public-Domain", None),
         ("as-you-like", None),
         ("GPL-2+ and as-you-like", None),
         ("", None),

@@ -72,6 +72,33 @@ def test_signs_around_and_after_words_count() -> None:
         assert expression_of(string) is None, string
 
 
+BY = "https://creativecommons.org/licenses/by/4.0/"
+
+
+@pytest.mark.parametrize(
+    ("string", "license"),
+    [
+        (f'<a href="{BY}" title="CC BY-NC 4.0">CC BY 4.0</a>', None),
+        (f'<a title="Non-commercial use only" href="{BY}">CC BY 4.0</a>', None),
+        (f"<a href='{BY}' title='CC BY-NC'>license</a>", None),
+        (f'<a href="{BY}"><img alt="CC BY-NC 4.0" src="https://licensebuttons.net/l/by/4.0/88x31.png"></a>', None),
+        (f'<a href="{BY}"><img alt="CC BY" src="https://licensebuttons.net/l/by-nc/4.0/88x31.png"></a>', None),
+        (f'<a href="{BY}"><img src="/pictures/unknown.png"></a>', None),
+        ('<span aria-label="CC BY-NC 4.0">CC BY 4.0</span>', None),
+        ('<span title="CC BY-NC 4.0" title="CC BY 4.0">CC BY 4.0</span>', None),
+        ('<span data-terms=noncommercial>CC BY 4.0</span>', None),
+        ('<p noncommercial>CC BY 4.0</p>', None),
+        ('<img alt="CC BY-NC 4.0">', "CC-BY-NC-4.0"),
+        ('<img alt="CC BY 4.0">', "CC-BY-4.0"),
+        (f'<a href="{BY}" title="Creative Commons Attribution 4.0" rel="license noopener" target="_blank">CC BY</a>', "CC-BY-4.0"),
+        (f'<a href="{BY}"><img alt="CC BY" src="https://i.creativecommons.org/l/by/4.0/80x15.png" width="80"/></a>', "CC-BY-4.0"),
+        ("<https://creativecommons.org/licenses/by/4.0/ non-commercial>", None),
+    ],
+)  # fmt: skip
+def test_what_the_attributes_of_an_element_say_counts(string: str, license: str | None) -> None:
+    assert expression_of(string) == license
+
+
 def test_a_license_without_its_version_is_allowed_by_the_recipe_or_not() -> None:
     (commons,) = (source for source in load("open").sources if source.name == "commons")
     allows, licenses = AllowedLicenses(commons.license_allow).allows, LicenseMap({}, "text")
@@ -162,6 +189,8 @@ NOTICES: list[tuple[str, str | None]] = [
     ("Copyright (c) Example. All rights reserved.\nLicensed under the MIT License. See License.txt.", "MIT"),
     ("@license MIT\n@author A. Author", "MIT"),
     ("Licensed under CC BY-NC 4.0", "CC-BY-NC-4.0"),
+    (f'Licensed under <a href="{BY}" title="CC BY-NC 4.0">CC BY 4.0</a>', None),
+    (f'Licensed under CC BY 4.0, see <a href="{BY}"><img alt="CC BY-NC"></a>', None),
     ("From an answer (https://creativecommons.org/licenses/by-sa/4.0/).", "CC-BY-SA-4.0"),
     (f"{EXPAT}\nPortions released under the terms of the MIT license.", "MIT"),
     (f"{EXPAT}\nPortions licensed under the Example License.", None),
@@ -203,6 +232,9 @@ def test_a_header_without_terms_states_no_license() -> None:
 
 
 FOOTERS = {
+    f'Licensed under <a href="{BY}" title="CC BY-NC 4.0">CC BY 4.0</a>': (True, None),
+    f'Licensed under <a href="{BY}">CC BY 4.0</a> <img alt="by-nc"/>': (True, None),
+    f'Licensed under <a href="{BY}" title="CC BY 4.0">CC BY 4.0</a>': (True, "CC-BY-4.0"),
     "© 2014 Example Corp. All rights reserved.": (True, None),
     "This work is licensed under a Creative Commons Attribution 4.0 International License.": (True, "CC-BY-4.0"),
     "This work is licensed under a Creative Commons Attribution-NonCommercial 4.0 International License.": (

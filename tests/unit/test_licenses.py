@@ -30,7 +30,7 @@ DIGESTS = {
     "notices": "6af64eeaf",
 }
 """The first digits of the SHA-256 of each file of licenses, and the version of acquire that reads them."""
-VERSION = 7
+VERSION = 8
 
 
 def test_a_map_that_changes_raises_the_version_of_acquire() -> None:
@@ -117,6 +117,20 @@ def test_the_strings_of_a_recipe_come_first() -> None:
     assert licenses.expression(["house license", "Zlib"]) == "(MIT OR ISC) AND Zlib"
     assert licenses.expression("MIT") == "MIT-0" and load_map("the-stack").expression("MIT") == "MIT"
     assert LicenseMap({}).expression("mit") == "MIT"
+
+
+@pytest.mark.parametrize("name", ["text", "common-pile", "the-stack", "dep5", "pep639"])
+def test_a_license_ref_of_a_row_is_not_taken_at_its_word(name: Any) -> None:
+    """A recipe allows LicenseRefs by the meaning that this project gives them, and a row may call anything by them."""
+    licenses = LicenseMap({}, "text") if name == "text" else load_map(name)
+    for stated in (
+        "LicenseRef-CC-BY-unversioned", "licenseref-cc-by-unversioned", "LicenseRef-Public-Domain",
+        "MIT AND LicenseRef-Public-Domain", "MIT OR LicenseRef-Public-Domain", "MIT, LicenseRef-Public-Domain",
+        "https://spdx.org/licenses/LicenseRef-Public-Domain",
+    ):  # fmt: skip
+        assert licenses.expression(stated) is None and licenses.expression(["MIT", stated]) is None, stated
+    declared = licenses.extended({"LicenseRef-House": "LicenseRef-House"})
+    assert declared.expression("LicenseRef-House") == "LicenseRef-House"
 
 
 ALLOWED = ["mit", "Apache-2.0", "GPL-2.0-only AND ISC", "GPL-3.0-only WITH GCC-exception-3.1"]

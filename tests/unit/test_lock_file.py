@@ -39,6 +39,10 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
+        ("", "must be a mapping of sections"),
+        ("- web", "must be a mapping of sections"),
+        ("sources: 5\n...\n", "sources"),
+        ("sources: {}\n", "so it is cut short"),
         ("sources: [", "lock file x.lock.yaml: line 2 is not valid YAML"),
         ("sources: {web: {repo: a/b}}", "requested"),
         (
@@ -66,7 +70,19 @@ def test_a_damaged_lock_file(text: str, words: str, tmp_path: Path) -> None:
     with pytest.raises(RecipeError) as caught:
         hub_files.read(path)
     message = str(caught.value)
-    assert words in message and "\n" not in message and message.endswith("; write it anew by `atom pin RECIPE`")
+    assert words in message and "\n" not in message
+    assert message.endswith("; restore it, or remove it and pin anew by `atom pin RECIPE`")
+
+
+def test_a_lock_file_that_is_cut_anywhere_is_damaged(tmp_path: Path) -> None:
+    """Also where the rest is YAML of fewer sources or files, or of the beginning of a path."""
+    path = tmp_path / "x.lock.yaml"
+    hub_files.write(path, {"web": locked(f"{SHA256} 5 b/c d.jsonl", f"{GIT} 0 a"), "z": locked(f"{GIT} 1 x")})
+    content = path.read_bytes()
+    for size in range(len(content)):
+        path.write_bytes(content[:size])
+        with pytest.raises(RecipeError, match=r"restore it, or remove it"):
+            hub_files.read(path)
 
 
 def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:

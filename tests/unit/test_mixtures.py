@@ -54,6 +54,12 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+def acknowledge(home: Path, epochs: dict[str, float]) -> None:
+    """Lets the phases of `large` read sources more often."""
+    recipe = yaml.safe_load((home / "large.yaml").read_text()) | {"supply": {"acknowledged_epochs": epochs}}
+    (home / "large.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
+
+
 def atom_mix(home: Path, *options: str) -> Any:
     command = ["mix", str(home / "small.yaml"), "--for", str(home / "large.yaml"), *options]
     return CliRunner().invoke(app, command, catch_exceptions=False)
@@ -195,10 +201,24 @@ def test_a_supply_that_is_too_small_is_refused_before_anything_is_run(home: Path
     with pytest.raises(AtomError) as caught:
         atom_mix(home, "--runs", "6")
     assert caught.value.exit_code == 2 and str(caught.value) == (
-        "large reads 184k tokens, and 4 epochs of docstrings, code, sums without what later phases read are 76k; "
-        "shorten its pre-training, or add sources"
+        "large reads 184k tokens, and the epochs that its supply allows of docstrings, code, sums, without what later "
+        "phases read, are 76k; shorten its pre-training, add sources, or acknowledge more by supply.acknowledged_epochs"
     )
     assert not (home / "home/mixtures").exists()
+    acknowledge(home, {"docstrings": 40})
+    mixtures.target_of(graph(home / "large.yaml", home), SOURCES, Store(home / "home"))
+
+
+def test_acknowledged_epochs_are_limits_of_the_mix(home: Path) -> None:
+    acknowledge(home, {"code": 10, "docstrings": 1})
+    target = mixtures.target_of(graph(home / "large.yaml", home), SOURCES, Store(home / "home"))
+    # An acknowledgement only adds epochs, as in `atom plan`.
+    assert target.epochs == {"docstrings": 4, "code": 10, "sums": 4}
+    assert target.limits[1] == pytest.approx(10 * 13_500 / 184_320)
+    seal(home, 8)
+    report = json.loads(atom_mix(home, "--runs", "8", "--json").output)
+    assert report["sources"]["code"]["epochs"] == 10
+    assert 4 * 13_500 / 184_320 < report["mixes"]["proposed"]["weights"]["code"] <= report["sources"]["code"]["limit"]
 
 
 def test_a_dry_run_lists_the_minutes_of_what_is_not_sealed(home: Path) -> None:

@@ -24,7 +24,7 @@ def metadata(*lines: str, **files: str) -> Metadata:
     [
         (["License-Expression: mit OR Apache-2.0"], "MIT OR Apache-2.0"),
         (["License-Expression: BSD-3-Clause AND (MIT OR ISC)"], "BSD-3-Clause AND (MIT OR ISC)"),
-        (["License-Expression: LicenseRef-Garden"], "LicenseRef-Garden"),
+        (["License-Expression: LicenseRef-Garden"], None),
         (["License-Expression: as you like", f"Classifier: {MIT}"], None),
         ([f"Classifier: {MIT}"], "MIT"),
         ([f"Classifier: {BSD}"], None),

@@ -99,7 +99,14 @@ def test_a_probe_goes_before_what_is_stated(tmp_path: Path, monkeypatch: pytest.
         }
         probe = Probe(
             **fields
-            | {"kept_tokens": tokens, "documents": 9, "bytes": 70, "sampled_documents": 7, "bytes_per_token": 4.0}
+            | {
+                "kept_tokens": tokens,
+                "documents": 9,
+                "bytes": 70,
+                "sampled_documents": 7,
+                "bytes_per_token": 4.0,
+                "tokens_by": "bytes_per_token",
+            }
             | changes
         )
         locked = LockedSource(

@@ -41,6 +41,8 @@ COMMIT = r"[0-9a-f]{40}"
 HEADER = """\
 # Written by `atom pin`: what the Hub states of each source of the data recipe. Lines of `files`: digest, bytes, path.
 """
+# The last line, which marks the end of a document of YAML: a file that is cut short lacks it, and may be YAML.
+END = "...\n"
 # Values of a lock file: a thousand sources with their probes.
 LOCK_VALUES = 1_000_000
 
@@ -145,16 +147,19 @@ def read(path: Path) -> Mapping[str, LockedSource]:
 def _read_version(path: Path, version: tuple[int, int, int]) -> Mapping[str, LockedSource]:
     title = f"lock file {escaped(path.name, 80)}"
     try:
-        raw = parse_yaml(read_file(path, title, LOCK_BYTES), title, LOCK_VALUES)
+        content = read_file(path, title, LOCK_BYTES)
+        raw = parse_yaml(content, title, LOCK_VALUES)
         try:
             sources = LockFile.model_validate(raw).sources
         except ValidationError as error:
             raise explain(error, LockFile, title, raw) from None
         for name, source in sources.items():
             source.require_rows(f"{title}: source {name}")
+        if not content.endswith(END.encode()):
+            raise RecipeError(f"{title}: does not end with the line `...`, so it is cut short")
     except RecipeError as error:
-        # A damaged lock file can always be written again; the recipe is what counts.
-        raise RecipeError(f"{error}; write it anew by `atom pin RECIPE`") from None
+        # Never written over: it has the commits that were pinned, and newer ones are other data.
+        raise RecipeError(f"{error}; restore it, or remove it and pin anew by `atom pin RECIPE`") from None
     return sources
 
 
@@ -173,6 +178,7 @@ def write(path: Path, sources: Mapping[str, LockedSource]) -> None:
             text.append(f"    probe: {indent(probe, '      ').lstrip()}\n")
         # A line for each file, so that a diff shows which files another revision has changed.
         text += ["    files: |\n", *(f"      {line}\n" for line in source.files.splitlines())]
+    text.append(END)
     try:
         atomic_files.write(path, "".join(text))
     except OSError as error:

@@ -13,14 +13,21 @@ from pydantic import Field
 from pipeline.core.bounds import MOST_SOURCES, Range, Sha256, SourceName, Words
 from pipeline.core.stage import Config
 
+# Bytes of text in a token.
+LEAST_BYTES, MOST_BYTES = 0.5, 100.0
 # Documents or bytes of a source.
 MOST = 1e17
 Count = Annotated[int, Range(0, MOST)]
 Portion = Annotated[float, Range(0, 1)]
-BytesPerToken = Annotated[float, Range(0.5, 100, "English prose by 50,000 entries or more: 4 to 5")]
+BytesPerToken = Annotated[float, Range(LEAST_BYTES, MOST_BYTES, "English prose by 50,000 entries or more: 4 to 5")]
 Name = Annotated[str, Words(200, empty=True)]
-# Rows of a list in a probe, the most frequent ones.
-LISTED = 20
+# Rows of a list in a probe, the most frequent ones. Of rules there are as many as a source has, since alarms are taken
+# from them.
+LISTED, MOST_RULES = 20, 200
+# Ways in which tokens were counted; the digest of tokenizer.json follows the second one.
+BY_SETTING, BY_TOKENIZER = "bytes_per_token", "tokenizer "
+# The rule of copies within a sample, which are not those of the source.
+DUPLICATE = "exact_duplicate"
 # Tokens above which a document is long.
 LONG = (4096, 32_768, 131_072)
 
@@ -57,7 +64,13 @@ class Probe(Config):
     pieces: Count
     """heads or row groups that were read"""
     bytes_per_token: BytesPerToken
-    """bytes of text in a token, by `bytes_per_token` of the source in the data recipe"""
+    """bytes of text in a token"""
+    tokens_by: Annotated[
+        str,
+        Words(90, "bytes_per_token, or tokenizer and its digest", rf"{BY_SETTING}|{BY_TOKENIZER}sha256:[0-9a-f]{{64}}"),
+    ]
+    """what that number is from: `bytes_per_token` of the source in the data recipe, if no tokenizer was sealed; or
+    `tokenizer sha256:…`, the recipe's, by its tokenizer.json and on the kept texts of the sample"""
     problem: Annotated[str, Words(1000, empty=True)] = ""
     """why the sample is no more, or the source cannot be used as it is; empty: nothing is wrong"""
     sampled_documents: Count = 0
@@ -88,8 +101,8 @@ class Probe(Config):
     """most frequent license strings of the sample"""
     languages: dict[Name, Portion] = Field(default={}, max_length=LISTED)
     """share of the sampled bytes by most probable language of lid.176; none of code"""
-    removed: dict[Name, RuleShare] = Field(default={}, max_length=LISTED)
-    """removed documents by rule, the most frequent rules"""
+    removed: dict[Name, RuleShare] = Field(default={}, max_length=MOST_RULES)
+    """removed documents by rule; `atom pin` and `atom plan` compare their shares with today's `curation.alarm_share`"""
     long_documents: dict[Name, Portion] = Field(default={}, max_length=LISTED)
     """share of the kept bytes in documents of more tokens than the key"""
     shared: dict[SourceName, Count] = Field(default={}, max_length=MOST_SOURCES)

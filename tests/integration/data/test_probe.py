@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 import random
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,21 @@ import yaml
 from starlette.responses import JSONResponse, Response
 
 from pipeline.core.errors import AtomError
+from pipeline.core.store import Store, sha256_file, write_manifest
+from pipeline.graph import dag
 from pipeline.graph import recipe as recipes
+from pipeline.graph.supply import SourceSupply
 from pipeline.hub import client
 from release.commands import pinning as command
 from release.web_page import page
 from stages.data import pinning
-from stages.data.acquire import hub_files, hub_samples
+from stages.data.acquire import acquire_stage, hub_files, hub_samples
 from stages.data.acquire.source_probe import Probe
+from stages.data.curate import filter_stage
 from stages.data.recipe import load
+from stages.data.supply import SupplySection, supplies
+from stages.formats import tokenizer
+from stages.formats.table import ITEMS, write_rows
 from tests.fixtures.hub_fixtures import Hub
 
 WORDS = ("the", "quick", "brown", "fox", "jumps", "over", "lazy", "dogs", "while", "seven", "small", "boats", "sail")
@@ -119,9 +127,11 @@ def test_figures_of_a_sample_are_those_of_the_source(hub: Hub, tmp_path: Path) -
     assert hub.sent["a.parquet"] + hub.sent["b.parquet"] < 5_000_000 < 3000 * 5000
     assert large.fields["other"] == "string"
 
-    # What filter would stop at, `pin` says.
+    # What filter would stop at, `pin` says, without another sample.
+    hub.sent.clear()
     _, failure = probed(recipe(tmp_path, web | {"acknowledged_removals": {"license": 0.6}}))
     assert failure.startswith("source web: license removes 120 of 180 documents, a larger share than 0.6")
+    assert not [name for name in hub.sent if name.endswith(".gz")]
     probed(path := recipe(tmp_path, web, stored))
 
     loaded = {each.name: each for each in load(path).resolved().sources}
@@ -172,6 +182,116 @@ def test_a_second_pin_requests_no_sample_again(hub: Hub, tmp_path: Path) -> None
     # Without a sample, the probe of unchanged files stays.
     list(pinning.pin(path, sample=False))
     assert recipes.lock_of(path).read_bytes() == before
+
+
+def test_a_damaged_lock_file_is_left_alone(hub: Hub, tmp_path: Path) -> None:
+    """It has the commits and the probes of all sources, which nothing can tell once it is written over."""
+    hub.add("local/web", {"a.json.gz": gz(pages(0))})
+    path = recipe(tmp_path, source("web", license_field="meta.license"))
+    probed(path)
+    lock = recipes.lock_of(path)
+    for content in (lock.read_bytes()[:-200], lock.read_bytes().replace(b'"pieces": 1', b'"pieces": "many"'), b""):
+        lock.write_bytes(content)
+        with pytest.raises(AtomError, match=r"^lock file mine.lock.yaml: .*; restore it, or remove it") as caught:
+            command.pin(str(path))
+        assert caught.value.exit_code == 2 and "\n" not in str(caught.value)
+        assert lock.read_bytes() == content
+
+
+def test_alarms_are_those_of_the_present_settings(hub: Hub, tmp_path: Path) -> None:
+    """The lock file has the shares that rules remove, so a setting that changes needs no other sample."""
+    hub.add("local/web", {"a.json.gz": gz(pages(0))})
+    web = source("web", license_field="meta.license")
+
+    def pinned(share: float, **changes: Any) -> tuple[str, SourceSupply]:
+        path = recipe(tmp_path, web | changes)
+        path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | {"curation": {"alarm_share": share}}))
+        _, failure = probed(path)
+        (row,) = supplies(SupplySection(), load(path), {"pretrain": {"web": 10.0}})
+        assert row.basis == "probed"
+        return failure, row
+
+    failure, row = pinned(0.5)
+    assert failure == "" and not row.lacks_probe and "problem" not in row.where
+    hub.sent.clear()
+    failure, row = pinned(0.3)
+    alarm = "source web: license removes 20 of 60 documents, a larger share than 0.3"
+    assert failure.startswith(alarm) and row.lacks_probe and f"with a problem: {alarm}" in row.where
+    report = tmp_path / "report.html"
+    with pytest.raises(AtomError, match=alarm):
+        command.pin(str(tmp_path / "mine.yaml"), report=report)
+    assert report.read_text().count(alarm) == 2, "above all sources, and at this one"
+    failure, row = pinned(0.3, acknowledged_removals={"license": 0.4})
+    assert failure == "" and not row.lacks_probe
+    assert not [name for name in hub.sent if name.endswith(".gz")]
+
+
+def test_tokens_are_counted_by_the_tokenizer_of_the_recipe(hub: Hub, tmp_path: Path) -> None:
+    hub.add("local/web", {"a.json.gz": gz(pages(0, license="MIT"))})
+    path = recipe(tmp_path, source("web", license_field="meta.license"))
+    first = probed(path)[0]["web"]
+    assert (first.tokens_by, first.bytes_per_token, first.kept_tokens) == (
+        "bytes_per_token", 4.0, round(first.kept_bytes / 4),
+    )  # fmt: skip
+    assert '"tokens_by": "bytes_per_token"' in recipes.lock_of(path).read_text()
+    trained = tokenizer.untrained()
+    trained.train_from_iterator([text(n) for n in range(50)], tokenizer.bpe_trainer(300))
+    tokenizer.save(trained, tmp_path)
+    file = tmp_path / "tokenizer.json"
+
+    list(pinning.pin(path, tokenizer=file))
+    probe = hub_files.read(recipes.lock_of(path))["web"].probe
+
+    assert probe is not None and probe.tokens_by == f"tokenizer sha256:{sha256_file(file)}"
+    encodings = [trained.encode(row["text"], add_special_tokens=False) for row in pages(0)]
+    assert probe.kept_tokens == sum(len(encoding.ids) for encoding in encodings) > 1.2 * first.kept_tokens
+    assert probe.bytes_per_token == pytest.approx(probe.kept_bytes / probe.kept_tokens, abs=1e-6)
+    (row,) = supplies(SupplySection(), load(path), {"pretrain": {"web": 10.0}})
+    assert row.tokens == pytest.approx(0.95 * probe.kept_tokens), "a twentieth is held out"
+    # It is counted once, and what was counted stays where no tokenizer is.
+    before = recipes.lock_of(path).read_bytes()
+    hub.sent.clear()
+    list(pinning.pin(path, tokenizer=file))
+    list(pinning.pin(path))
+    assert recipes.lock_of(path).read_bytes() == before and not [name for name in hub.sent if name.endswith(".gz")]
+
+
+def test_the_tokenizer_of_a_recipe_is_there_once_it_is_sealed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ATOM_HOME", str(tmp_path))
+    store = Store(tmp_path)
+    assert pinning.tokenizer_of("atom-smoke", store) is None and pinning.tokenizer_of("smoke", store) is None
+    key = dag.compose(recipes.load("atom-smoke"), store).nodes["tokenizer"].key
+    (store.artifacts / key).mkdir(parents=True)
+    (store.artifacts / key / "tokenizer.json").write_text("{}")
+    write_manifest(store.artifacts / key, key)
+    assert pinning.tokenizer_of("atom-smoke", store) == store.artifacts / key / "tokenizer.json"
+    assert pinning.tokenizer_of("smoke", store) is None
+
+
+def test_a_secret_is_counted_and_is_not_trained_on(hub: Hub, tmp_path: Path, run_stage: Any) -> None:
+    rows, key = pages(0, license="MIT"), "AKIA" + "Q3EXK7ZL" + "T5MNWB2V"
+    rows[4]["text"] += f" {TOKEN}"
+    rows[9]["text"] += f" aws_access_key_id = {key}"
+    hub.add("local/web", {"a.json.gz": gz(rows)})
+    path = recipe(tmp_path, source("web", license_field="meta.license"))
+
+    probes, failure = probed(path)
+
+    probe, rules = probes["web"], {"secrets/github_token": 1, "secrets/aws_access_key": 1}
+    assert failure == "" and probe.secrets == 2 and probe.kept_documents == 58
+    assert {rule: row.documents for rule, row in probe.removed.items()} == rules
+    lock = recipes.lock_of(path).read_text()
+    assert TOKEN not in lock and key not in lock
+
+    data = load(path).resolved()
+    write_rows(tmp_path / "items/items.parquet", ITEMS, [])
+    inputs = {"items": write_manifest(tmp_path / "items", "items")}
+    inputs["web"] = run_stage(acquire_stage.STAGE, data.acquire_config("web", 0), {})
+    filtered = run_stage(filter_stage.STAGE, data.filter_config(0), inputs)
+    tables = {file: pq.read_table(file).to_pylist() for file in filtered.path.rglob("*.parquet")}
+    assert Counter(row["rule"] for table in tables.values() for row in table if row.get("rule")) == rules
+    assert sum(len(table) for file, table in tables.items() if "kept" in file.parts) == 58
+    assert not any(secret in str(tables) for secret in (TOKEN, key))
 
 
 def test_one_source_that_fails_leaves_the_others(hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,6 +14,8 @@ _CREATIVE_COMMONS = re.compile(
     r"/licen[cs]es/(by(?:-nc)?(?:-sa|-nd)?|by-nd-nc|sa|nd|nc|nc-sa|nd-nc)"
     rf"(?:/({'|'.join(map(re.escape, VERSIONS))})(?:/([a-z]{{2}}|igo|scotland))?{_PAGE})?"
 )
+# The picture of a license, as the chooser of Creative Commons puts it beside the link: its group is the place.
+_BUTTON = re.compile(r"(?:i\.creativecommons\.org|licensebuttons\.net)/([lp])/(.+)/(?:88x31|80x15)\.(?:png|svg)")
 _PUBLIC_DOMAIN = re.compile(rf"/publicdomain/(zero|mark)/1\.0{_PAGE}")
 _DEDICATION = re.compile(rf"/licenses/publicdomain{_PAGE}")
 # {address of the text of a license, without scheme, www., ending and last slash: its expression}. The addresses of
@@ -37,12 +39,15 @@ def place_of(address: str) -> str:
 
 
 def expression_of(address: str) -> str | None:
-    """Returns the SPDX expression of the license whose text or summary has this address; None if it is unknown.
+    """Returns the SPDX expression of the license whose text, summary or button has this address; None if it is unknown.
 
     A license of Creative Commons that was adapted to a country and is not in SPDX is a LicenseRef of its own, and so is
     one without a version.
     """
-    host, slash, path = place_of(address).partition("/")
+    place = place_of(address)
+    if button := _BUTTON.fullmatch(place):
+        return _creative_commons(f"/{'licenses' if button[1] == 'l' else 'publicdomain'}/{button[2]}")
+    host, slash, path = place.partition("/")
     return _creative_commons(slash + path) if host == "creativecommons.org" else _LICENSE_TEXTS.get(host + slash + path)
 
 

@@ -160,7 +160,7 @@ class LicenseMap:
             if self.syntax == "dep5":
                 expression = dep5_expression(stripped, self._normalized_names)
                 return None if expression is None else spdx(expression)
-            return spdx(stripped) if len(stripped) <= 2000 else None
+            return free_text.stated_spdx(stripped) if len(stripped) <= 2000 else None
         except (ValueError, RecursionError):
             return None
 

@@ -34,13 +34,22 @@ RESTRICTED = re.compile(r"-N[CD]\b")
 _SHARE_ALIKE = re.compile(r"-SA\b|GFDL")
 # Matches the identifiers that GNU licenses had in earlier lists of SPDX.
 _DEPRECATED = re.compile(r"\b([AL]?GPL-\d\.\d|GFDL-\d\.\d)(\+)?(?![\w.+-])")
-# An element of HTML with a link, or a link in angle brackets, as in Markdown.
-_LINK = re.compile(r"<(?:[^<>]*?\bhref\s*=\s*[\"']?|(?=https?://))([^\"'\s<>]+)[^<>]*>", re.IGNORECASE)
+# A link in angle brackets, as in Markdown.
+_LINK = re.compile(r"<(https?://[^\"'\s<>]+)>", re.IGNORECASE)
+# An element: its name, and its attributes.
+_ELEMENT = re.compile(r"</?([a-z][\w.:-]*)([^<>]*)>", re.IGNORECASE)
+_ATTRIBUTE = re.compile(r"([\w.:-]+)\s*=\s*(?:\"([^\"]*)\"|'([^']*)'|([^\"'\s<>]+))")
 # Of HTML and JATS. Other words in angle brackets may be part of a license.
-_TAG = re.compile(
-    r"</?(?:a|b|bold|br|div|em|ext-link|font|i|img|italic|li|license-p|p|small|span|strong|sub|sup|u|ul|uri)\b[^<>]*>",
-    re.IGNORECASE,
-)
+_TAGS = """
+a b bold br div em ext-link font i img italic li license-p p small span strong sub sup u ul uri
+"""
+TAGS = frozenset(_TAGS.split())
+_LAYOUT = """
+align border class color dir ext-link-type face height id lang property rel rev role size style target type typeof
+width xlink:type xml:lang
+"""
+# Attributes whose values say nothing of a license. The others do, such as title and alt.
+LAYOUT = frozenset(_LAYOUT.split())
 # A letter after a number is part of it: `OGL 1.0a` is no version of the Open Government Licence.
 _WORD = re.compile(
     r"(?:https?:)?//[^\s<>\"']+|(?:[a-z0-9-]+\.)+[a-z]{2,}/[^\s<>\"']*|\d+(?:[._-]\d+)*(?:[a-z]\b)?|[^\W\d_]+|\S"
@@ -98,7 +107,7 @@ def _short(version: str) -> str:
 def words(text: str) -> Words:
     """Returns the words, numbers, operators and addresses of a text, in lower case."""
     text = unicodedata.normalize("NFKC", html.unescape(text))
-    text = " ".join(_TAG.sub(" ", _LINK.sub(r" \1 ", text)).casefold().split())
+    text = " ".join(_ELEMENT.sub(_stated_by, _LINK.sub(r" \1 ", text)).casefold().split())
     text = re.sub(r"(?:,| \() ?(?=or )", " ", text)
     # R packages write `GPL (>= 2)`; `only` says no more than the version before it.
     text = re.sub(r"(?<=\d)[ -]only\b", "", re.sub(r">=\s*(\d[\d.]*)", r"\1+", OR_LATER.sub("+", text)))
@@ -113,13 +122,45 @@ def words(text: str) -> Words:
     return tuple(tokens)
 
 
-def current_spdx(text: str) -> str | None:
-    """Returns an SPDX expression in the spelling of SPDX, with today's names of GNU licenses; None if it is none."""
+def _stated_by(element: re.Match[str]) -> str:
+    """Returns what the attributes of an element say; all of an element that neither is known nor has a link."""
+    values = [(name.casefold(), "".join(texts)) for name, *texts in _ATTRIBUTE.findall(element[2])]
+    if element[1].casefold() not in TAGS and not any(name.endswith("href") for name, _ in values):
+        return element[0]
+    stated = [text for name, text in values if name not in LAYOUT and not name.startswith("xmlns")]
+    # What is no attribute is read as well, so that no word of it is lost.
+    return f" {' '.join(stated)} {_ATTRIBUTE.sub('', element[2]).strip().rstrip('/')} "
+
+
+def restrictions(text: str) -> set[str]:
+    """Returns those of NC and ND that a text speaks of in the words of Creative Commons."""
+    tokens, elements = words(text[:LONGEST]), _vocabulary()["elements"]
+    found = set[str]()
+    for position, token in enumerate(tokens):
+        # Two letters alone may be of another word, such as `2nd`.
+        if len(token) > 2 or set(tokens[max(position - 1, 0) : position]) & {"by", "cc", "nc", "sa"}:
+            match = elements.at(tokens, position)
+            found |= {match[0]} if match else set()
+    return found & {"NC", "ND"}
+
+
+def stated_spdx(text: str) -> str | None:
+    """Returns an SPDX expression of a source in the spelling of SPDX; None if it is none, or has a LicenseRef.
+
+    What such a name means is known of the names that this project or a map gives alone: a recipe that allows one of
+    these would else allow whatever a row calls by it.
+    """
     try:
         expression = spdx(text)
     except (ValueError, RecursionError):
         return None
-    return _DEPRECATED.sub(lambda match: f"{match[1]}-{'or-later' if match[2] else 'only'}", expression)
+    return None if "LicenseRef-" in expression else expression
+
+
+def current_spdx(text: str) -> str | None:
+    """Returns an SPDX expression of a source with today's names of GNU licenses; None as `stated_spdx`."""
+    expression = stated_spdx(text)
+    return expression and _DEPRECATED.sub(lambda match: f"{match[1]}-{'or-later' if match[2] else 'only'}", expression)
 
 
 def expression_of(text: str) -> str | None:

@@ -46,7 +46,7 @@ _REFERS = re.compile(r"(?:found in|see|in) (?:the )?\W*(?:license|copying)\b[\w.
 # Words of terms that are not open.
 _RESTRICTED = re.compile(
     r"non-?commercial|no derivativ|(?:academic|research|educational|personal|evaluation|internal) (?:use|purposes)|"
-    r"confidential|proprietary|commons clause|business source license"
+    r"confidential|proprietary|commons clause|business source license|\bby[_-]n[cd]\b|\bcc[ _-]?by[ _-]?n[cd]\b"
 )
 _MARKS = re.compile(r"^[ \t\r#*/;%!\"'<>-]*(?:(?:rem|dnl|\.\.) )?|[ \t\r#*/]+$", re.MULTILINE)
 

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from email.parser import HeaderParser
 from pathlib import PurePosixPath
 
-from pipeline.core.bounds import spdx
 from pipeline.core.store import sha256_bytes
 from stages.data.acquire.licenses.expressions import LicenseMap
+from stages.data.acquire.licenses.free_text import stated_spdx
 from stages.data.acquire.packages.stated_licenses import License
 from stages.data.acquire.packages.texts import CODE
 
@@ -97,18 +97,11 @@ def _license(pkg_info: str, classifiers: LicenseMap) -> License:
     """
     fields = HeaderParser().parsestr(pkg_info)
     if expression := fields.get("License-Expression"):
-        return License(str(expression), _spdx(str(expression)))
+        return License(str(expression), stated_spdx(str(expression)))
     stated = [name for name in map(str, fields.get_all("Classifier") or []) if name.startswith("License ::")]
     # A classifier and the field License may contradict each other; then the license is unknown.
     classified = classifiers.expression(stated) if stated else None
     name = " ".join(str(fields.get("License") or "").split())
-    by_name = _spdx(name) if len(name) <= 200 else None
+    by_name = stated_spdx(name) if len(name) <= 200 else None
     expression = classified if by_name in (None, classified) else by_name if classified is None else None
     return License("; ".join(stated + ([name[:200]] if name else [])), expression)
-
-
-def _spdx(expression: str) -> str | None:
-    try:
-        return spdx(expression)
-    except (ValueError, RecursionError):
-        return None

@@ -11,11 +11,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 
-from pipeline.core.bounds import spdx
-from stages.data.acquire.licenses import notices
+from stages.data.acquire.licenses import free_text, notices
 from stages.data.acquire.licenses.expressions import LicenseMap
 
 FORMAT_FIELDS = ("format", "format-specification")
@@ -174,8 +172,8 @@ def _license(paragraph: Mapping[str, str], texts: Mapping[str, str], names: Lice
         # Several licenses are called MIT; only the text tells which one is meant.
         if word in EXPAT_NAMES and not notices.is_expat(text or texts.get(word, "")):
             continue
-        with suppress(ValueError):
-            identifiers[word] = spdx(stands_for)
+        if identifier := free_text.stated_spdx(stands_for):
+            identifiers[word] = identifier
     return License(name, names.extended(identifiers).expression(name) if identifiers else None)
 
 
@@ -185,8 +183,7 @@ def _all_of(licenses: list[License]) -> License:
     if len(distinct) == 1:
         return distinct[0]
     name = " and ".join(f"({license.name})" for license in distinct)
-    expressions = [license.expression for license in distinct]
-    return License(name, None if None in expressions else LicenseMap({}).expression(expressions))
+    return License(name, free_text.all_of({license.expression for license in distinct}))
 
 
 def _paragraphs(text: str) -> Iterator[dict[str, str]]:

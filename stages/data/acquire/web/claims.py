@@ -3,7 +3,8 @@
 What counts: `rel=license` in <link> and in <a>; the license of a text in JSON-LD; links to licenses in the page's
 footer. What does not: links in advertisements, comments, quotations, figures and asides; statements on other things,
 such as photos or icons; anything on a copy of a page of another site. Two different statements are none that can be
-used. The time is linear in the size of the page.
+used, and neither is a link to a license whose text, title or picture names another one. The time is linear in the size
+of the page.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import urljoin, urlsplit
 
+from stages.data.acquire.licenses import free_text
 from stages.data.acquire.licenses.addresses import expression_of
 
 _TEXT_TYPES = """
@@ -41,6 +43,12 @@ taboola teaser testimonial thumbnail widget widgets
 OTHER_PLACES = frozenset(_OTHER_PLACES.split())
 # Words of the names of elements that are footers.
 FOOTER_PLACES = frozenset(("colophon", "copyright", "footer", "licence", "license", "licensing", "legal"))
+# Attributes of a link, and of what is in it, that name a license to people.
+LABELS = ("title", "alt", "aria-label", "src")
+# Metadata with the license of a page in words.
+RIGHTS = frozenset(("dc.rights", "dc.license", "dcterms.rights", "dcterms.license", "rights", "license"))
+# What an address may say beyond the words beside it, or these beyond it: the version, and the country.
+_MORE_EXACT = re.compile(r"(-\d[\d.]*)?(-(?!N[CD]|SA)[A-Z]+)?")
 # Things other than the text, in a statement on a license.
 OTHER_THINGS = re.compile(
     r"\b(icons?|photos?|photographs?|photography|images?|pictures?|illustrations?|graphics|artworks?|drawings?|fonts?|"
@@ -74,6 +82,13 @@ class PageLicense:
     stated: str = ""
 
 
+class _Link(NamedTuple):
+    """A link to a license, and what is said beside it."""
+
+    address: str
+    labels: tuple[str, ...] = ()
+
+
 def license_of(tree: Any, url: str) -> PageLicense:
     """Returns the license that a page states for its text.
 
@@ -87,26 +102,44 @@ def license_of(tree: Any, url: str) -> PageLicense:
     page = _Places()
     explicit = [*_in_metadata(tree, page), *_in_body(tree, page, explicit=True)]
     # A link in a footer counts only if nothing states a license explicitly.
-    addresses = explicit or list(_in_body(tree, page, explicit=False))
+    found = explicit or list(_in_body(tree, page, explicit=False))
 
-    links = {urljoin(url, address) for address in addresses}
+    links = {urljoin(url, link.address) for link in found}
     statements = {expression_of(link) or link for link in links}
-    stated = " and ".join(sorted(statements))[:500]
     # Two different statements may be about two things on the page; nobody can tell which one is the text.
-    is_known = len(statements) == 1 and all(map(expression_of, links))
-    return PageLicense(statements.pop() if is_known else None, stated)
+    license = next(iter(statements)) if len(statements) == 1 and all(map(expression_of, links)) else None
+    if license is not None:
+        labels = {label for link in found for label in link.labels} | _rights(tree)
+        statements |= {" ".join(label.split())[:200] for label in labels if _contradicts(label, license)}
+    return PageLicense(license if len(statements) == 1 else None, " and ".join(sorted(statements))[:500])
 
 
-def _in_metadata(tree: Any, page: _Places) -> Iterator[str]:
+def _contradicts(label: str, license: str) -> bool:
+    """Returns True if a text names another license than the expression, or a restriction that it does not have."""
+    stated = free_text.expression_of(label)
+    if stated is None:
+        return any(f"-{element}" not in license for element in free_text.restrictions(label))
+    names = (free_text.most_exact(stated, [license]), license)
+    less, more = sorted((re.sub(r"^LicenseRef-|-(unversioned|only|or-later)$", "", name) for name in names), key=len)
+    return not (more.startswith(less) and _MORE_EXACT.fullmatch(more.removeprefix(less)))
+
+
+def _rights(tree: Any) -> set[str]:
+    """Returns what the metadata of a page says of its license in words."""
+    elements = (each for each in tree.iter("meta") if (each.get("name") or "").strip().lower() in RIGHTS)
+    return {each.get("content") or "" for each in elements}
+
+
+def _in_metadata(tree: Any, page: _Places) -> Iterator[_Link]:
     for element in tree.iter("link"):
         if "license" in _words(element.get("rel")) and element.get("href") and not page.is_elsewhere(element):
-            yield element.get("href").strip()
+            yield _Link(element.get("href").strip(), _labels(element))
     for element in tree.iter("script"):
         if (element.get("type") or "").strip().lower() == "application/ld+json":
             yield from _in_json(element.text or "")
 
 
-def _in_json(text: str) -> Iterator[str]:
+def _in_json(text: str) -> Iterator[_Link]:
     """Yields the licenses of the texts that JSON-LD describes at its top."""
     try:
         top = json.loads(text)
@@ -119,11 +152,11 @@ def _in_json(text: str) -> Iterator[str]:
     for node in nodes:
         if isinstance(node, dict) and _types(node) & TEXT_TYPES:
             for license in _as_list(node.get("license")):
-                address = license
+                address, name = license, None
                 if isinstance(license, dict):
-                    address = license.get("url") or license.get("@id")
+                    address, name = license.get("url") or license.get("@id"), license.get("name")
                 if isinstance(address, str) and address.strip():
-                    yield address.strip()
+                    yield _Link(address.strip(), (name,) if isinstance(name, str) else ())
 
 
 def _types(node: dict[str, Any]) -> set[str]:
@@ -137,8 +170,8 @@ def _as_list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value]
 
 
-def _in_body(tree: Any, page: _Places, explicit: bool) -> Iterator[str]:
-    """Yields the addresses of links with rel=license; if not `explicit`, of links to known licenses in footers."""
+def _in_body(tree: Any, page: _Places, explicit: bool) -> Iterator[_Link]:
+    """Yields the links with rel=license; if not `explicit`, of links to known licenses in footers."""
     # The level of the heading of readers' comments in which a link is; 0 outside of comments.
     comments_level = 0
     for element in tree.iter("a", "area", "footer", "h1", "h2", "h3", "h4", "h5", "h6"):
@@ -152,7 +185,13 @@ def _in_body(tree: Any, page: _Places, explicit: bool) -> Iterator[str]:
             elif level <= comments_level:
                 comments_level = 0
         elif not comments_level and page.is_own_statement(element, explicit):
-            yield element.get("href").strip()
+            yield _Link(element.get("href").strip(), (page.statement(element), *_labels(element)))
+
+
+def _labels(link: Any) -> tuple[str, ...]:
+    """Returns the text of a link, and what the attributes of it and of the elements in it say."""
+    attributes = (element.get(name) for element in link.iter("*") for name in LABELS)
+    return (_text(link), *filter(None, attributes))
 
 
 class _Places:
@@ -178,7 +217,7 @@ class _Places:
             is_candidate = "license" in relations
         else:
             is_candidate = expression_of(address) is not None and self._inherits(link, self._in_footer, _is_footer)
-        return is_candidate and not self.is_elsewhere(link) and not OTHER_THINGS.search(self._statement(link))
+        return is_candidate and not self.is_elsewhere(link) and not OTHER_THINGS.search(self.statement(link))
 
     def is_elsewhere(self, element: Any) -> bool:
         """Returns True if an element is in a place with text that is not the page's own or is about another thing."""
@@ -196,7 +235,7 @@ class _Places:
             known[element] = self._inherits(element.getparent(), known, holds) or holds(element)
         return known[element]
 
-    def _statement(self, link: Any) -> str:
+    def statement(self, link: Any) -> str:
         """Returns the text of the block around a link, or of the link alone if the block is a long text."""
         block = next((around for around in link.iterancestors() if around.tag not in _INLINE), link)
         if block not in self._texts:
