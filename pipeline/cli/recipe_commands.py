@@ -147,6 +147,9 @@ def plan(
     memory of a GPU, tokens a second of a GPU, hours and money. It varies the ranks by kind, pipeline chunks,
     recomputation, the dispatcher, and the rows of a micro-batch, as far as the engine supports them.
 
+    Another table lists the gates on the effect of training, with the phase after which each is judged: by a stage that
+    stops the run, if the recipe sets evaluation.stop_at_gates, else by `atom build`.
+
     A further table compares the tokens of each source with those that the phases ask for. Supply is what `atom pin` has
     probed, or what the data recipe states, or unknown.
 
@@ -155,7 +158,7 @@ def plan(
 
     Example: atom plan atom-tiny --cluster h100-pyxis
     """
-    from pipeline.cli.tables import cost_table, phases_table, plan_table, simulation_table, supply_table
+    from pipeline.cli.tables import cost_table, gates_table, phases_table, plan_table, simulation_table, supply_table
     from pipeline.core.errors import AtomError
     from pipeline.graph import budget, dag, plan, supply
     from pipeline.launch import cluster_profile
@@ -180,6 +183,7 @@ def plan(
         beyond = budget.foreseen(budget.limits_of(identity), spent, costs.hours)
     simulations = {} if simulate is None else plan.simulations(composed, rows, simulate)
     supplies = dag.supply(composed) if any(row.trains for row in rows) else ()
+    gates = dag.gates(composed, {row.state.name for row in rows})
     if as_json:
         body: dict[str, Any] = {
             "recipe": identity.name,
@@ -192,6 +196,7 @@ def plan(
         if simulations:
             body["simulations"] = {name: asdict(result) for name, result in simulations.items()}
         body["supply"] = [row.json() for row in supplies]
+        body["gates"] = [asdict(gate) for gate in gates]
         body["unpublishable"] = fit.unpublishable(rows)
         print(json.dumps(body if costs is None else {**body, "cluster": {**costs.json(), "beyond": beyond}}, indent=1))
         # Errors come last, so that the plan is printed all the same.
@@ -201,9 +206,9 @@ def plan(
     for text in composed.absent:
         print(text)
     console().print(plan_table(rows))
-    if phases := phases_table(rows):
+    for further in filter(None, (phases_table(rows), gates_table(gates))):
         console().print()
-        console().print(phases)
+        console().print(further)
     if supplies:
         console().print()
         console().print(supply_table(supplies))
