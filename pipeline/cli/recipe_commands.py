@@ -40,6 +40,19 @@ def init(
         str | None,
         typer.Option("--start-from", metavar="MODEL", help="published model: RELEASE/model, or REPO[@REVISION]"),
     ] = None,
+    ranks: Annotated[
+        int | None, typer.Option("--ranks", min=1, help="GPUs of the largest phase; the others in proportion")
+    ] = None,
+    cluster: Annotated[
+        Path | None,
+        typer.Option("--cluster", metavar="FILE", help="cluster profile to write, from what Slurm says here"),
+    ] = None,
+    like: Annotated[
+        str, typer.Option("--like", metavar="PROFILE", help="packaged profile that FILE begins with")
+    ] = "h100-pyxis",
+    image: Annotated[
+        str | None, typer.Option("--image", help="image of the container, for FILE; default: that of the profile")
+    ] = None,
 ) -> None:
     """Write a recipe of your own, NAME.yaml.
 
@@ -48,12 +61,25 @@ def init(
     With --start-from, a recipe such as atom-smoke-adapter begins with that model: a model's folder of a release, or a
     repository of the Hub. Its digest and its license are written into the recipe.
 
+    With --cluster, on a host that reaches Slurm, a cluster profile is written too: a packaged one with the partitions,
+    nodes, cores, memory, time limits and account that Slurm names.
+
     Example: atom init my-model --from atom-smoke
     """
-    from pipeline.operations import recipe_check
+    from pipeline.core.errors import AtomError
+    from pipeline.operations import recipe_check, site_profile
 
-    path = recipe_check.write_recipe(name, source, Path(), start_from)
-    print(f"{path} is a copy of {source}; change it, and check it: atom validate {path}")
+    path = recipe_check.write_recipe(name, source, Path(), start_from, ranks)
+    option = ""
+    if cluster is not None:
+        try:
+            site_profile.write_profile(cluster, like, image, recipe_check.sampling_ranks(path, open_store()))
+        except AtomError:
+            path.unlink()
+            raise
+        print(f"{cluster} is {like} with what Slurm says of this cluster; change what Slurm cannot know")
+        option = f" --cluster {cluster}"
+    print(f"{path} is a copy of {source}; change it, and check it: atom validate {path}{option}")
 
 
 @app.command()
