@@ -13,11 +13,13 @@ from pipeline.core.store import Store, write_manifest
 from pipeline.graph import dag
 from pipeline.graph import recipe as recipes
 from pipeline.graph.dag import Graph
+from pipeline.launch import cluster_profile, slurm
 from stages.confidence import Mean
 from stages.evaluation import gates, gates_stage
 from stages.formats.table import write_json
 from tests.fixtures.recipe_fixtures import write
 from tests.fixtures.run_fixtures import RecordingReport
+from tests.fixtures.slurm_line_fixtures import programs
 
 STOP = {"evaluation__stop_at_gates": True}
 MERGED = {"pretrain__release_checkpoint_interval": 25, "pretrain__merge": {"last": 3}}
@@ -45,6 +47,16 @@ def test_the_setting_adds_stages_for_which_the_next_phase_waits_and_changes_no_k
     names = list(stopping.nodes)
     for name, node in stopping.nodes.items():
         assert all(names.index(other) < names.index(name) for other in node.precursors), name
+
+
+def test_on_slurm_the_job_of_the_next_phase_waits_for_that_of_the_gates(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", programs(tmp_path / "bin", sbatch=""))
+    graph, store = composed(tmp_path, **STOP), Store(tmp_path / "home")
+    slurm.dry_run(graph, store, graph.select("midtrain", None), cluster_profile.load("dev"))
+    script = (tmp_path / "home/dry-run/atom-smoke/midtrain.sh").read_text().splitlines()[1]
+    assert script == "# waits for: tokenize, order-midtrain, pretrain, gates-pretrain"
 
 
 def test_an_order_without_gates_is_left_as_it_is(tmp_path: Path) -> None:
