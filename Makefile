@@ -61,7 +61,7 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/shellcheck .ci/run containers/debootstrap containers/install requirements/install requirements/system tests/slurm/cluster tests/te/install
+	$(BIN)/shellcheck .ci/run containers/build containers/debootstrap containers/install requirements/install requirements/system tests/slurm/cluster tests/te/install
 	$(BIN)/hadolint --failure-threshold warning containers/Dockerfile
 
 # What to run after each change: under a minute on two cores.

@@ -13,11 +13,13 @@ from pipeline.core.store import Store
 from pipeline.core.text import escaped
 from pipeline.graph import dag
 from pipeline.graph.dag import Checkpoint, Graph, build_graph, names_in_words, require_same_beginning
+from pipeline.graph.plan import PlannedGate
 from pipeline.graph.recipe import Recipe
 from pipeline.graph.supply import SourceSupply
 from stages.data.recipe import DataRecipe, extension_modules
 from stages.data.recipe import loads as load_data_recipe
 from stages.data.supply import supplies
+from stages.evaluation.gate_nodes import phases_of, planned_gates, with_gates
 from stages.evaluation.settings import (
     Measured,
     baselines_node,
@@ -50,6 +52,7 @@ __all__ = [
     "STAGES",
     "compose",
     "extension_modules",
+    "gates",
     "load_data_recipe",
     "problems",
     "start_from",
@@ -83,6 +86,7 @@ STAGES = {
     "export": "stages.export.hf",
     "text-items": "stages.evaluation.text_items",
     "evaluate": "stages.evaluation.model_evaluation",
+    "gates": "stages.evaluation.gates_stage",
     "solve": "stages.evaluation.pass_at_k",
     "fresh": "stages.evaluation.generated_eval",
     "prefer": "stages.evaluation.win_rate",
@@ -177,6 +181,9 @@ def compose(recipe: Recipe, store: Store, without_data: bool = False) -> Graph:
     specs += variant_nodes(models, repositories, config.release.variants, evaluated_final, recipe.title)
     # Last, so that smaller models fill what the others leave of a cluster.
     specs += smaller
+    if evaluation.stop_at_gates:
+        training = [*(phase.node for phase in phases), *trained_models(post_training)]
+        specs = with_gates(specs, measured, training, config.model.context_length, config.sft is not None)
 
     graph = build_graph(recipe, specs, absent)
     for phase in phases:
@@ -222,6 +229,14 @@ def supply(recipe: Recipe) -> tuple[SourceSupply, ...]:
     config, data = recipe.config, recipe.data
     assert isinstance(config, ReleaseRecipe) and isinstance(data, DataRecipe)
     return supplies(config.supply, data, config.asked_tokens())
+
+
+def gates(recipe: Recipe) -> Iterator[PlannedGate]:
+    """Yields the gates of a recipe on the effect of training, and the phase after which each is judged."""
+    config = recipe.config
+    assert isinstance(config, ReleaseRecipe)
+    nodes_of_models = {name: node for name, (node, _) in config.exported.items()}
+    return planned_gates(config.evaluation, phases_of(nodes_of_models), config.sft is not None)
 
 
 def problems(recipe: Recipe) -> Iterator[str]:

@@ -29,7 +29,8 @@ from pipeline.core.bounds import (
 from pipeline.core.stage import Config, added, operational
 from pipeline.graph.recipe import Identity
 from stages.data.supply import SupplySection
-from stages.evaluation.settings import WAIVABLE_GATES, EvaluationSection
+from stages.evaluation.gates import RULES
+from stages.evaluation.settings import EvaluationSection
 from stages.export.variants.registry import VARIANTS, VariantName
 from stages.formats.tokenizer import TokenizerSection
 from stages.models.registry import Model
@@ -225,7 +226,7 @@ class ReleaseRecipe(Identity):
     @model_validator(mode="after")
     def _check_waived_gates(self) -> ReleaseRecipe:
         for gate in self.evaluation.waived_gates:
-            section = WAIVABLE_GATES[gate]
+            section = RULES[gate].section
             if not getattr(self, section):
                 raise ValueError(
                     f"evaluation.waived_gates names {gate}, which judges {section}, and the recipe has no {section}; "

@@ -40,6 +40,19 @@ def init(
         str | None,
         typer.Option("--start-from", metavar="MODEL", help="published model: RELEASE/model, or REPO[@REVISION]"),
     ] = None,
+    ranks: Annotated[
+        int | None, typer.Option("--ranks", min=1, help="GPUs of the largest phase; the others in proportion")
+    ] = None,
+    cluster: Annotated[
+        Path | None,
+        typer.Option("--cluster", metavar="FILE", help="cluster profile to write, from what Slurm says here"),
+    ] = None,
+    like: Annotated[
+        str, typer.Option("--like", metavar="PROFILE", help="packaged profile that FILE begins with")
+    ] = "h100-pyxis",
+    image: Annotated[
+        str | None, typer.Option("--image", help="image of the container, for FILE; default: that of the profile")
+    ] = None,
 ) -> None:
     """Write a recipe of your own, NAME.yaml.
 
@@ -48,12 +61,25 @@ def init(
     With --start-from, a recipe such as atom-smoke-adapter begins with that model: a model's folder of a release, or a
     repository of the Hub. Its digest and its license are written into the recipe.
 
+    With --cluster, on a host that reaches Slurm, a cluster profile is written too: a packaged one with the partitions,
+    nodes, cores, memory, time limits and account that Slurm names.
+
     Example: atom init my-model --from atom-smoke
     """
-    from pipeline.operations import recipe_check
+    from pipeline.core.errors import AtomError
+    from pipeline.operations import recipe_check, site_profile
 
-    path = recipe_check.write_recipe(name, source, Path(), start_from)
-    print(f"{path} is a copy of {source}; change it, and check it: atom validate {path}")
+    path = recipe_check.write_recipe(name, source, Path(), start_from, ranks)
+    option = ""
+    if cluster is not None:
+        try:
+            site_profile.write_profile(cluster, like, image, recipe_check.sampling_ranks(path, open_store()))
+        except AtomError:
+            path.unlink()
+            raise
+        print(f"{cluster} is {like} with what Slurm says of this cluster; change what Slurm cannot know")
+        option = f" --cluster {cluster}"
+    print(f"{path} is a copy of {source}; change it, and check it: atom validate {path}{option}")
 
 
 @app.command()
@@ -147,6 +173,9 @@ def plan(
     memory of a GPU, tokens a second of a GPU, hours and money. It varies the ranks by kind, pipeline chunks,
     recomputation, the dispatcher, and the rows of a micro-batch, as far as the engine supports them.
 
+    Another table lists the gates on the effect of training, with the phase after which each is judged: by a stage that
+    stops the run, if the recipe sets evaluation.stop_at_gates, else by `atom build`.
+
     A further table compares the tokens of each source with those that the phases ask for. Supply is what `atom pin` has
     probed, or what the data recipe states, or unknown.
 
@@ -155,7 +184,7 @@ def plan(
 
     Example: atom plan atom-tiny --cluster h100-pyxis
     """
-    from pipeline.cli.tables import cost_table, phases_table, plan_table, simulation_table, supply_table
+    from pipeline.cli.tables import cost_table, gates_table, phases_table, plan_table, simulation_table, supply_table
     from pipeline.core.errors import AtomError
     from pipeline.graph import budget, dag, plan, supply
     from pipeline.launch import cluster_profile
@@ -180,6 +209,7 @@ def plan(
         beyond = budget.foreseen(budget.limits_of(identity), spent, costs.hours)
     simulations = {} if simulate is None else plan.simulations(composed, rows, simulate)
     supplies = dag.supply(composed) if any(row.trains for row in rows) else ()
+    gates = dag.gates(composed, {row.state.name for row in rows})
     if as_json:
         body: dict[str, Any] = {
             "recipe": identity.name,
@@ -192,6 +222,7 @@ def plan(
         if simulations:
             body["simulations"] = {name: asdict(result) for name, result in simulations.items()}
         body["supply"] = [row.json() for row in supplies]
+        body["gates"] = [asdict(gate) for gate in gates]
         body["unpublishable"] = fit.unpublishable(rows)
         print(json.dumps(body if costs is None else {**body, "cluster": {**costs.json(), "beyond": beyond}}, indent=1))
         # Errors come last, so that the plan is printed all the same.
@@ -201,9 +232,9 @@ def plan(
     for text in composed.absent:
         print(text)
     console().print(plan_table(rows))
-    if phases := phases_table(rows):
+    for further in filter(None, (phases_table(rows), gates_table(gates))):
         console().print()
-        console().print(phases)
+        console().print(further)
     if supplies:
         console().print()
         console().print(supply_table(supplies))

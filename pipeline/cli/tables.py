@@ -15,7 +15,7 @@ from pipeline.core.stage import RankSimulation, Traffic
 from pipeline.core.text import escaped
 from pipeline.graph import budget
 from pipeline.graph.flat_fields import estimates
-from pipeline.graph.plan import StagePlan, timed
+from pipeline.graph.plan import PlannedGate, StagePlan, timed
 from pipeline.graph.supply import SourceSupply
 from pipeline.operations.comparison import Difference, Measured, differing_settings
 from pipeline.operations.fit import CostEstimate
@@ -146,6 +146,18 @@ def supply_table(rows: Sequence[SourceSupply]) -> Table:
             cells.append(_cell(asked) + ("" if epochs is None else f" {epochs:.2f}"))
         total = "" if row.epochs is None else f"{row.epochs:.2f}"
         result.add_row(row.source, _cell(row.tokens), row.basis, *cells, total, f"{row.most_epochs:g}")
+    return result
+
+
+def gates_table(gates: Sequence[PlannedGate]) -> Table | None:
+    """Returns the gates on the effect of training, and where each is judged; None if there are none."""
+    if not gates:
+        return None
+    caption = "atom build judges all gates once more, and those that docs/formats.md lists beside these"
+    result = table("after", "gate", "judged by", "compares", wraps=1, caption=caption)
+    for gate in gates:
+        judged_by = gate.judged_by if gate.waived is None else "nothing: waived"
+        result.add_row(gate.phase, gate.name, judged_by, gate.compares)
     return result
 
 

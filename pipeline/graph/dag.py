@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,6 +38,13 @@ class Node:
     key: str
     # The keys of further input artifacts from earlier runs, by role.
     external: Mapping[str, str] = field(default_factory=dict)
+    # Nodes that must be sealed before it starts although it reads nothing of them, so that its key does not have them.
+    after: tuple[str, ...] = ()
+
+    @property
+    def precursors(self) -> list[str]:
+        """The nodes that it waits for."""
+        return list(dict.fromkeys((*self.inputs.values(), *self.after)))
 
 
 @dataclass(frozen=True)
@@ -55,7 +62,7 @@ class Graph:
         # In reverse order, every node comes after those that read it, so one pass is enough.
         for name in reversed(self.nodes):
             if name in needed:
-                needed.update(self.nodes[name].inputs.values())
+                needed.update(self.nodes[name].precursors)
         return needed
 
     def materials(self, node: Node) -> dict[str, str]:
@@ -90,6 +97,7 @@ class NodeSpec:
         config: Settings of the stage, not yet validated.
         inputs: The nodes whose artifacts it reads, by role. They precede it.
         continued: The sealed checkpoint of an earlier run that it starts from, if there is one.
+        after: Nodes that it waits for and does not read. They may stand after it in a list of nodes.
     """
 
     name: str
@@ -97,6 +105,22 @@ class NodeSpec:
     config: Mapping[str, Any]
     inputs: Mapping[str, str] = field(default_factory=dict)
     continued: Checkpoint | None = None
+    after: tuple[str, ...] = ()
+
+
+def in_order(specs: Sequence[NodeSpec]) -> list[NodeSpec]:
+    """Returns nodes in topological order; those that are in one already stay in place."""
+    by_name, ordered = {spec.name: spec for spec in specs}, dict[str, NodeSpec]()
+
+    def add(spec: NodeSpec) -> None:
+        if spec.name not in ordered:
+            for name in (*spec.inputs.values(), *spec.after):
+                add(by_name[name])
+            ordered[spec.name] = spec
+
+    for spec in specs:
+        add(spec)
+    return list(ordered.values())
 
 
 def build_graph(recipe: Recipe, specs: Iterable[NodeSpec], absent: tuple[str, ...] = ()) -> Graph:
@@ -104,14 +128,14 @@ def build_graph(recipe: Recipe, specs: Iterable[NodeSpec], absent: tuple[str, ..
 
     Args:
         recipe: The recipe that the graph belongs to.
-        specs: The nodes in topological order.
+        specs: The nodes, each after its inputs.
         absent: Sentences on sources whose files are missing.
 
     Raises:
         RecipeError: A stage refuses its config.
     """
     nodes: dict[str, Node] = {}
-    for spec in specs:
+    for spec in in_order(list(specs)):
         stage = registry.stage(spec.stage)
         where = f"{recipe.title}, stage {spec.name}"
         try:
@@ -124,7 +148,9 @@ def build_graph(recipe: Recipe, specs: Iterable[NodeSpec], absent: tuple[str, ..
         if used := recipe.extensions.used_by(work[2]):
             work.append(used)
         digest = sha256_bytes(canonical(work))
-        nodes[spec.name] = Node(spec.name, stage, config, dict(spec.inputs), f"{spec.name}-{digest[:12]}", external)
+        nodes[spec.name] = Node(
+            spec.name, stage, config, dict(spec.inputs), f"{spec.name}-{digest[:12]}", external, spec.after
+        )
     return Graph(recipe, nodes, absent)
 
 
@@ -147,6 +173,11 @@ def supply(graph: Graph) -> tuple[SourceSupply, ...]:
     """Returns the supply of each source that a phase of the recipe reads."""
     rows: tuple[SourceSupply, ...] = registry.definition().supply(graph.recipe)
     return rows
+
+
+def gates(graph: Graph, names: Collection[str]) -> list[Any]:
+    """Returns the `pipeline.graph.plan.PlannedGate` of each gate on the effect of these phases."""
+    return [gate for gate in registry.definition().gates(graph.recipe) if gate.phase in names]
 
 
 def require_same_beginning(checkpoint: Checkpoint, previous: Mapping[str, str], where: str, store: Store) -> None:

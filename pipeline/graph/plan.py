@@ -66,6 +66,21 @@ class StagePlan:
         }
 
 
+@dataclass(frozen=True)
+class PlannedGate:
+    """A gate on the effect of training, and the phase after which it is judged."""
+
+    name: str
+    # What it compares, in words.
+    compares: str
+    # The phase whose effect it judges.
+    phase: str
+    # The stage that judges it, or the command.
+    judged_by: str
+    # The reason for which the recipe waives it; None if it does not.
+    waived: str | None
+
+
 def timed(estimates: Iterable[Estimate]) -> bool:
     """Returns True if every training phase has an estimate of CPU time: that of fp32 on CPU, for small phases."""
     return all(estimate.cpu_seconds is not None for estimate in estimates if estimate.training)

@@ -37,6 +37,9 @@ class Definition(Protocol):
     def supply(self, recipe: Any) -> Any:
         """Returns the `pipeline.graph.supply.SourceSupply` of each source that a phase reads."""
 
+    def gates(self, recipe: Any) -> Iterator[Any]:
+        """Yields a `pipeline.graph.plan.PlannedGate` for each phase after which a gate is judged."""
+
     def load_data_recipe(self, content: bytes, path: Path) -> Config:
         """Reads the file that a recipe names as its data."""
 

@@ -85,7 +85,7 @@ def require_inputs(graph: Graph, store: Store, selected: list[str], other_python
             raise AtomError(f"{graph.recipe.title}, stage {name}: {obstacle}")
         if not store.sealed(node.key) and not other_python:
             node.stage.inspect(node.config)
-        for source in node.inputs.values():
+        for source in node.precursors:
             if source not in selected and not store.sealed(graph.nodes[source].key):
                 lacking = f"stage {name} needs {source}, which is not sealed"
                 raise AtomError(f"{lacking}; run that first, or use --until {name}")
@@ -197,7 +197,8 @@ class LocalLauncher:
         return self.profile.local.jobs - sum(self._places(node) for node in working)
 
     def _ready(self, node: Node) -> bool:
-        if not all(self.store.sealed(key) for key in self.graph.materials(node).values()):
+        after = (self.graph.nodes[name].key for name in node.after)
+        if not all(self.store.sealed(key) for key in (*self.graph.materials(node).values(), *after)):
             return False
         folder = self.store.work(node.key)
         lease_holder = holder(folder) if folder.exists() else None

@@ -144,7 +144,7 @@ class _Submitter:
     def _start(self, node: Node) -> None:
         """Starts the jobs of a stage: the array of its shards, its first server, its job, and the other servers."""
         submission, scripts, name, jobs = self.submission, self.scripts, node.name, self.submission.jobs
-        dependencies = sorted({jobs[source] for source in node.inputs.values() if source in jobs}, key=int)
+        dependencies = sorted({jobs[source] for source in node.precursors if source in jobs}, key=int)
         task = task_of(self.graph, scripts.store, self.run, node, self.profile)
         if tasks := array_of(scripts.slurm, node):
             script = self.avoidance.apply(scripts.of_stage(node, dependencies, tasks))
@@ -407,7 +407,7 @@ def dry_run(graph: Graph, store: Store, selected: list[str], profile: Profile) -
         node = graph.nodes[name]
         if store.sealed(node.key):
             continue
-        dependencies = [n for n in dict.fromkeys(node.inputs.values()) if not store.sealed(graph.nodes[n].key)]
+        dependencies = [n for n in node.precursors if not store.sealed(graph.nodes[n].key)]
         if tasks := array_of(slurm, node):
             check(scripts.of_stage(node, [], tasks), f"{name}.shards.sh", dependencies)
             dependencies = ["its shards"]

@@ -26,6 +26,7 @@ from pipeline.launch import cluster_profile
 from pipeline.operations import fit
 from pipeline.operations.fit import estimate_costs
 
+RANKS = re.compile(r"(?<=\branks: )[1-9][0-9]*")
 HEAD = """\
 # {name}: a copy of {source} to begin with. `description` and `data` are the first lines to change.
 #
@@ -41,7 +42,7 @@ HEAD = """\
 """
 
 
-def write_recipe(name: str, source: str, folder: Path, start_from: str | None = None) -> Path:
+def write_recipe(name: str, source: str, folder: Path, start_from: str | None = None, ranks: int | None = None) -> Path:
     """Writes `<folder>/<name>.yaml` from a packaged recipe. Returns its path.
 
     Args:
@@ -49,6 +50,7 @@ def write_recipe(name: str, source: str, folder: Path, start_from: str | None = 
         source: The name of the packaged recipe.
         folder: The folder for the file.
         start_from: The published model with which it begins, for a packaged recipe with that section.
+        ranks: Ranks of the largest phase, in proportion to which the others get theirs; None: those of the recipe.
 
     Raises:
         AtomError: The name is none of a release or is that of a packaged recipe, no packaged recipe is called `source`,
@@ -67,7 +69,10 @@ def write_recipe(name: str, source: str, folder: Path, start_from: str | None = 
     # The name is the first field of a packaged recipe; the comments before it stay.
     comments, _, fields = _with_start(origin, start_from).partition("\nname: ")
     head = HEAD.format(name=name, source=origin.stem, file=path.name)
-    text = f"{head}{comments}\nname: {name}\n{fields.partition(chr(10))[2]}"
+    fields = fields.partition("\n")[2]
+    if ranks is not None:
+        fields = _with_ranks(fields, ranks, origin.stem)
+    text = f"{head}{comments}\nname: {name}\n{fields}"
     try:
         with open(path, "x", encoding="utf-8") as file:
             file.write(text)
@@ -76,6 +81,26 @@ def write_recipe(name: str, source: str, folder: Path, start_from: str | None = 
     except OSError as error:
         raise AtomError(f"{escaped(str(path))} cannot be written ({error.strerror}); go to another folder") from None
     return path
+
+
+def _with_ranks(fields: str, ranks: int, title: str) -> str:
+    """Returns the text of a recipe whose largest phase gets so many ranks, and the others in proportion."""
+    numbers = [int(number) for number in RANKS.findall(fields)]
+    if not numbers:
+        raise AtomError(f"{title} states no ranks; leave --ranks out")
+    for number in numbers:
+        if number * ranks % max(numbers):
+            raise AtomError(
+                f"--ranks {ranks} gives no whole number to the phases of {title} with {number} ranks, beside those "
+                f"with {max(numbers)}; name a multiple or a fraction of that"
+            )
+    return RANKS.sub(lambda match: str(int(match[0]) * ranks // max(numbers)), fields)
+
+
+def sampling_ranks(path: Path, store: Store) -> int:
+    """Returns the most ranks of a phase of a recipe beside which servers run; 0 without such a phase."""
+    nodes = dag.compose(recipe.load(str(path)), store, without_data=True).nodes.values()
+    return max((node.stage.ranks(node.config) for node in nodes if node.stage.takes_servers(node.config)), default=0)
 
 
 def _with_start(origin: Path, model: str | None) -> str:

@@ -20,11 +20,9 @@ from release.layout import ALL_SUMS, RETRACTED, SIGNATURE, SITE, SUMS
 from release.opened_release import Release
 from release.repositories import files_below, files_of, repositories, write_sums
 from release.web_page import page as web_page
+from stages.evaluation.gates import OUTCOMES
 
 __all__ = ["BuildInput", "build", "rewrite_page", "write_checksums"]
-
-OUTCOMES = {True: "passed", False: "FAILED", None: "not judged"}
-"""The words for the result of a gate."""
 
 
 def build(source: BuildInput, home: Path, progress: Callable[[str], None] = lambda text: None) -> Path:

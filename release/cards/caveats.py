@@ -21,7 +21,7 @@ from release.cards.tables import count, title, titles, with_error, with_interval
 from release.facts.model_facts import ModelFacts
 from release.facts.score_facts import ChatScores
 from stages.confidence import Figure, Mean
-from stages.evaluation.settings import SURE
+from stages.evaluation.gates import SURE
 
 RULE = (
     "By rule from the figures below: where xz or byte n-grams need fewer bits than the model, what got worse from one "

@@ -15,6 +15,7 @@ from pipeline.core.errors import CheckFailed
 from pipeline.core.text import escaped
 from release.cards.card_tables import CardTable
 from release.opened_release import Release
+from stages.evaluation.gates import waived_detail
 from stages.evaluation.settings import EvaluationSection
 
 HOLDS = "holds"
@@ -286,4 +287,4 @@ def _findings(check: Check | BuildCheck, build: BuildContext) -> Findings | None
 def waive(result: GateResult, waived: Mapping[str, str]) -> GateResult:
     if result.name not in waived:
         return result
-    return GateResult(result.name, None, f"waived by the recipe ({waived[result.name]}); {result.detail}")
+    return GateResult(result.name, None, waived_detail(waived[result.name], result.detail))

@@ -1,15 +1,14 @@
 """Checks the training of a release: its effect, its smaller runs, and its prediction.
 
-Bits per byte, accuracy, passkeys and preferences of each model are compared with those of the previous one. The smaller
-models of the recipe must have been trained as it states. A prediction must have been sealed before training, and follow
-from its runs.
+The rules on the effect are those of `stages.evaluation.gates`. The smaller models of the recipe must have been trained
+as it states. A prediction must have been sealed before training, and follow from its runs.
 """
 
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +23,12 @@ from release.facts import forecast, run_facts, training
 from release.facts.forecast import FILE, FOLDER, MODEL, PHASE
 from release.facts.published_tables import read_rows
 from release.facts.run_facts import PRETRAIN, TRAINING, context_of
-from release.layout import RECIPE, SIZE, folders_of, models_of, numbered, when
+from release.layout import RECIPE, SIZE, folders_of, models_of
 from release.opened_release import Release
-from stages.confidence import Figure, Mean
-from stages.evaluation.scores import ModelScores, pass_at_1
-from stages.evaluation.settings import SURE
+from stages.evaluation.gates import Measurements, Rule
+from stages.evaluation.scores import pass_at_1
 from stages.train.smaller_model import with_settings
 
-TOGETHER = "together"
-Change = tuple[Figure, Figure]
-"""A figure of two models, the earlier one first."""
-BEYOND = f", beyond {SURE} standard errors of the difference"
 SHARED = ("tokens", "order")
 """Roles of the inputs that a smaller model has in common with pre-training."""
 CLOSE = 1e-6
@@ -45,294 +39,31 @@ PROOF = (
 )
 
 
-def pretraining_lowers_bits_per_byte(build: BuildContext) -> Findings | None:
-    """Checks that pre-training lowers the bits per byte on the sources that it read.
+def judged_by(rule: Rule, build: BuildContext) -> Findings | None:
+    """Checks the effect of training by the rule that the stage `gates` applies after the phase.
 
-    The sources are judged together and one by one, so that a large source does not hide a small one. None without
-    pre-training.
+    None if the gate does not apply to the models of the release.
     """
-    if "init" not in build.release.data.evaluation:
-        return None
-    read = build.release.data.sources_read("pretrain")
-    changes = _changes(*(_bits(build.release.data.evaluation[name], read) for name in ("init", "base")))
-    if not changes:
-        return _nothing_to_judge("pretrain")
-    return Findings.of_measurement(max(map(_rise, changes.values())) < 0, f"bits per byte {_text(changes)}")
+    judgement = rule.judge(_measurements(build.release), build.evaluation)
+    return None if judgement is None else Findings.of_measurement(*judgement)
 
 
-def midtraining_raises_accuracy(build: BuildContext) -> Findings | None:
-    """Checks that mid-training raises the accuracy by more than the recipe requires. None without mid-training."""
-    if "mid" not in build.release.data.evaluation:
-        return None
-    before, after = (build.release.data.evaluation[name]["accuracy_all"] for name in ("base", "mid"))
-    return judge_gain("accuracy", before, after, build.evaluation["min_accuracy_gain"], significant=False)
-
-
-def midtraining_keeps_bits_per_byte(build: BuildContext) -> Findings | None:
-    """Checks that the loss on the sources that the phase reads is within the recipe's limit.
-
-    None without mid-training.
-    """
-    if "mid" not in build.release.data.evaluation:
-        return None
-    return _keeps_bits_per_byte(build, "base", {"mid": "midtrain"})
-
-
-def longcontext_keeps_bits_per_byte(build: BuildContext) -> Findings | None:
-    """Checks that the loss in bits per byte on short texts is within the recipe's limit.
-
-    None without long-context phases.
-    """
-    long = [model for model in build.release.data.evaluation if model.startswith("long")]
-    if not long:
-        return None
-    return _keeps_bits_per_byte(build, "mid", {model: f"longcontext-{numbered(model)[1]}" for model in long})
-
-
-def _keeps_bits_per_byte(build: BuildContext, before: str, phases: Mapping[str, str]) -> Findings:
-    """Compares models with an earlier one on the held-out documents of the sources that the phase of each model reads.
-
-    The sources are compared together and one by one. A phase forgets the sources that its mix leaves out, so these are
-    judged by a limit of their own, `left_out_tolerance`, and only stated without it.
-
-    Args:
-        build: The build whose models are judged.
-        before: The earlier model.
-        phases: {model: the phase that trained it}.
-    """
-    scores, allowed = build.release.data.evaluation, build.evaluation["bits_per_byte_tolerance"]
-    allowed_left_out: float | None = build.evaluation.get("left_out_tolerance")
-    details, worst, is_kept = [], -math.inf, True
-    for model, phase in phases.items():
-        read = build.release.data.sources_read(phase)
-        changes = _changes(*(_bits(scores[name], read) for name in (before, model)))
-        if not changes:
-            return _nothing_to_judge(phase)
-        details.append(f"{model}: bits per byte {_text(changes)}")
-        worst = max(worst, *map(_sure_rise, changes.values()))
-        # both models see the same text up to mid-training's context; with bits per byte the longer context sees more
-        losses = _changes(*(_losses_by_position(build, name, read) for name in (before, model)))
-        if losses and model.startswith("long"):
-            details.append(f"bits per token by position {_text(losses)}")
-            worst = max(worst, *map(_rise, losses.values()))
-        earlier = {
-            source
-            for name in build.release.data.order
-            if when(name) < when(phase)
-            for source in build.release.data.sources_read(name)
-        }
-        left_out = _changes(*(_bits(scores[name], earlier - read) for name in (before, model)))
-        # A sum over sources that are not judged would only be read as a judgement.
-        left_out.pop(TOGETHER, None)
-        if left_out and allowed_left_out is not None:
-            details.append(f"left out by {phase}, which may lose {allowed_left_out:g} on each: {_text(left_out)}")
-            is_kept &= max(map(_sure_rise, left_out.values())) <= allowed_left_out
-        elif left_out:
-            details.append(f"not judged, because {phase} does not read them: {_text(left_out)}")
-    text = f"{'; '.join(details)}; at most {allowed:g} may be lost on each{BEYOND}"
-    return Findings.of_measurement(worst <= allowed and is_kept, text)
-
-
-def _nothing_to_judge(phase: str) -> Findings:
-    return Findings([f"no source that {phase} reads has held-out documents; set heldout_fraction of one"])
-
-
-def longcontext_finds_passkeys(build: BuildContext) -> Findings | None:
-    """Checks that the last model retrieves more keys than the mid-trained one.
-
-    The texts are too long for the mid-trained one. None if the models were not evaluated on keys.
-    """
-    scores = build.release.data.evaluation
-    long = [model for model in scores if model.startswith("long")]
-    if not long or not any("passkey" in scores[model] for model in ("mid", long[-1])):
-        return None
-    before, after = (scores[model].get("passkey", {}) for model in ("mid", long[-1]))
-    context = _context_of_midtraining(build)
-    lengths = [length for length in sorted({*before, *after}, key=int) if int(length) > context]
-    if not lengths:
-        return Findings([f"no passkey was asked for beyond the {context} tokens of mid-training"])
-    # Longer texts are harder, so both models must be judged by the same lengths.
-    if missing := [length for length in lengths if length not in before or length not in after]:
-        return Findings([f"passkeys of {missing[0]} tokens were asked of one model only"])
-    earlier, later = (_pooled([rows[length] for length in lengths]) for rows in (before, after))
-    measure = f"keys found in more than {context} tokens ({', '.join(lengths)} tokens)"
-    return judge_gain(measure, earlier, later, required=0.0, significant=False)
-
-
-def _pooled(shares: Sequence[Mean]) -> Mean:
-    """Returns the share over all items of several sets."""
-    n = sum(row["n"] for row in shares)
-    value = sum(row["value"] * row["n"] for row in shares) / n
-    return {"value": value, "se": math.sqrt(value * (1 - value) / n), "n": n}
-
-
-def _context_of_midtraining(build: BuildContext) -> int:
-    return context_of(build.release.checkpoints, "midtrain")
-
-
-def _losses_by_position(build: BuildContext, model: str, sources: Collection[str]) -> dict[str, Figure]:
-    """Returns bits per token of the long documents of some sources, at positions within mid-training's context.
-
-    Empty if the model was not evaluated on long documents.
-    """
-    path = build.release.root / "dataset/evaluation" / model / "positions.parquet"
-    if not path.is_file():
-        return {}
-    context, bits, tokens = _context_of_midtraining(build), Counter[str](), Counter[str]()
-    for row in read_rows(path):
-        if row["source"] in sources and row["last"] < context:
-            position = f"{row['first']}-{row['last']}"
-            bits[position] += row["nll_bits"]
-            tokens[position] += row["tokens"]
-    return {position: {"value": bits[position] / tokens[position], "se": 0.0} for position in bits}
-
-
-def _bits(scores: ModelScores, sources: Collection[str]) -> dict[str, Figure]:
-    """Returns bits per byte of the held-out documents of some sources, one by one and together."""
-    rows = {name: row for name, row in scores["bits_per_byte"].items() if name in sources}
-    figures: dict[str, Figure] = {name: {"value": row["value"], "se": row["se"]} for name, row in rows.items()}
-    if len(rows) > 1:
-        size = sum(row["bytes"] for row in rows.values())
-        value = math.fsum(row["value"] * row["bytes"] for row in rows.values()) / size
-        figures[TOGETHER] = {"value": value, "se": math.hypot(*(r["se"] * r["bytes"] for r in rows.values())) / size}
-    return figures
-
-
-def _changes(before: Mapping[str, Figure], after: Mapping[str, Figure]) -> dict[str, Change]:
-    """Returns figures before and after, by name, the greatest rise first."""
-    # A source that only one model has gives a rise that no limit allows.
-    unknown: Figure = {"value": math.nan, "se": 0.0}
-    changes = {name: (before.get(name, unknown), after.get(name, unknown)) for name in {*before, *after}}
-    return dict(sorted(changes.items(), key=lambda change: (-_rise(change[1]), change[0])))
-
-
-def _rise(change: Change) -> float:
-    """Returns the rise; infinite for a value that one of the models lacks or that is NaN."""
-    rise = change[1]["value"] - change[0]["value"]
-    return rise if math.isfinite(rise) else math.inf
-
-
-def _sure_rise(change: Change) -> float:
-    """Returns the significant part of a rise.
-
-    A small source has few held-out documents, so its figures are too uncertain for one bound for all sources.
-    """
-    return _rise(change) - SURE * math.hypot(change[0]["se"], change[1]["se"])
-
-
-def _text(changes: Mapping[str, Change]) -> str:
-    return ", ".join(
-        f"{name} {before['value']:.4f} → {after['value']:.4f}" for name, (before, after) in changes.items()
+def _measurements(release: Release) -> Measurements:
+    """Returns what the tables of a release say of its models."""
+    data = release.data
+    return Measurements(
+        scores=data.evaluation,
+        sources={phase: data.sources_read(phase) for phase in data.order},
+        pass_at_1=pass_at_1(data.chat.get("test", {})),
+        preferences=data.chat.get("preferences", {}),
+        positions=partial(_positions, release),
+        context=lambda: context_of(release.checkpoints, "midtrain"),
     )
 
 
-def rlvr_raises_pass_at_1(build: BuildContext) -> Findings | None:
-    """Checks that RLVR gains more on the test problems than the recipe requires.
-
-    None without that phase, and without a model before it that converses.
-    """
-    accuracies = _pass_at_1(build)
-    if not {"sft", "rlvr"} <= accuracies.keys():
-        return None
-    return judge_gain("pass@1", accuracies["sft"], accuracies["rlvr"], build.evaluation["chat"]["min_gain"])
-
-
-def rlhf_keeps_skills(build: BuildContext) -> Findings | None:
-    """Checks that learning from preferences loses no more on the test problems than the recipe allows.
-
-    None without such phases after RLVR.
-    """
-    accuracies = _pass_at_1(build)
-    later = [name for name in accuracies if when(name) > when("rlvr")]
-    if "rlvr" not in accuracies or not later:
-        return None
-    allowed, before = build.evaluation["chat"]["skill_tolerance"], accuracies["rlvr"]
-    losses = [
-        before["value"] - accuracies[name]["value"] + SURE * math.hypot(before["se"], accuracies[name]["se"])
-        for name in later
-    ]
-    figures = ", ".join(f"{name} {figure(accuracies[name])}" for name in ("rlvr", *later))
-    text = (
-        f"pass@1 {figures}; no more than {allowed:g} may be lost after rlvr, "
-        f"{SURE} standard errors of the difference included"
-    )
-    return Findings.of_measurement(max(losses) <= allowed, text)
-
-
-def is_preferred(model: str, build: BuildContext) -> Findings | None:
-    """Checks that the answers of a model that learned from preferences win against the previous model.
-
-    If those of the previous model cannot be better, it is enough that they do not lose. None if the model was not
-    compared.
-    """
-    # A model may be evaluated without having been compared.
-    if model not in _pass_at_1(build) or model not in build.release.data.chat.get("preferences", {}):
-        return None
-    comparison, required = build.release.data.chat["preferences"][model], build.evaluation["chat"]["min_win_rate"]
-    rate, reward = comparison["win_rate"], comparison["sides"]["before"]["parts"]["reward"]
-    text = f"{model} wins {rate['value']:.3f} ({rate['low']:.3f} to {rate['high']:.3f}) against the model before rlhf"
-    if at_ceiling(reward):
-        text += f", whose reward of {figure(reward)} leaves nothing to win: it must not lose for certain"
-        return Findings.of_measurement(rate["high"] >= 0.5, text)
-    return Findings.of_measurement(rate["low"] > required, text)
-
-
-def _pass_at_1(build: BuildContext) -> dict[str, Mean]:
-    """Returns {model: accuracy on all test problems}, in the order of training; empty without a chat model."""
-    return pass_at_1(build.release.data.chat.get("test", {}))
-
-
-def judge_gain(measure: str, before: Mean, after: Mean, required: float, significant: bool = True) -> Findings:
-    """Checks that a share rose by more than the recipe requires.
-
-    If so much is not missing, any gain is enough. At the ceiling none is demanded, only that nothing was lost for
-    certain.
-
-    Args:
-        measure: What the share counts, for the sentence.
-        before: The share of the earlier model.
-        after: The share of the later model.
-        required: The gain that must be exceeded.
-        significant: Whether the gain must also exceed the uncertainty of the difference.
-    """
-    gain, uncertainty = after["value"] - before["value"], SURE * math.hypot(before["se"], after["se"])
-    missing, chance = 1 - before["value"], _chance(before)
-    text = f"{measure} {figure(before)} → {figure(after)}"
-    # With so few items left to gain, even a perfect model could not show a gain beyond chance.
-    if missing <= chance:
-        text += (
-            f"; {before['n']} items cannot show a gain above the first share, so none is demanded, and no loss{BEYOND} "
-            "is allowed"
-        )
-        return Findings.of_measurement(gain >= -uncertainty, text)
-    if missing <= required + chance:
-        text += f"; {required:g} more cannot be shown above the first share, so any gain is enough"
-        required = 0.0
-    else:
-        text += f", a gain of more than {required:g} is demanded"
-    if significant:
-        return Findings.of_measurement(gain - uncertainty > required, f"{text}{BEYOND}")
-    return Findings.of_measurement(gain > required, text)
-
-
-def at_ceiling(before: Mean) -> bool:
-    """Returns True if what a share lacks to 1 is within what chance alone moves the difference of two such shares."""
-    return 1 - before["value"] <= _chance(before)
-
-
-def _chance(share: Mean) -> float:
-    """Returns the difference of two shares over as many items that chance makes once in 20 times.
-
-    Two right and two wrong items are added (Agresti and Coull 1998), because the standard error of a share of 1 is 0
-    however few its items are.
-    """
-    items = share["n"] + 4
-    value = (share["value"] * share["n"] + 2) / items
-    return SURE * math.sqrt(2 * value * (1 - value) / items)
-
-
-def figure(row: Figure) -> str:
-    return f"{row['value']:.3f} ± {row['se']:.3f}"
+def _positions(release: Release, model: str) -> list[dict[str, Any]]:
+    path = release.root / "dataset/evaluation" / model / "positions.parquet"
+    return read_rows(path) if path.is_file() else []
 
 
 def sizes(release: Release) -> Findings:

@@ -40,7 +40,6 @@ from release.facts.published_tables import to_json
 from release.facts.run_facts import TRAINING
 from release.layout import BASE as MODEL_BASE
 from release.layout import (
-    EXPORTED,
     GATES,
     GATES_STATED,
     LOSS,
@@ -55,6 +54,7 @@ from release.layout import (
 )
 from release.opened_release import Release
 from release.standards import attestations
+from stages.evaluation.gates import RULES
 from stages.train.imported_weights import NAME as BASE
 
 RELEASE = Scope(("release",))
@@ -95,17 +95,10 @@ PREDICT = "a prediction counts if it is sealed before the first start: `atom pre
 SMALLER = "change the recipe's section sizes and run again"
 LICENSE, CURATION = "name it in the data recipe", "curation is at fault"
 STATE = "run the stage again so that it is stated, then build"
-PRETRAIN = "change the recipe's pretrain section and run again"
-MIDTRAIN = "change the recipe's midtrain section and run again"
-LONG_CONTEXT = "change the recipe's long_context section and run again"
-RLVR = "change the recipe's rlvr section, choosing on the validation split alone, and run again"
-DPO = "change the recipe's dpo section, choosing on the validation split alone, and run again"
 DRAW = "run the stage fresh again"
 AGAIN = "run the variant again"
 MERGE_AGAIN = "run the merge again"
 RUNTIME = "fix the export or the variant, or take another version of the program"
-PREFERRED = EXPORTED[EXPORTED.index("rlvr") + 1 :]
-"""Models that learned from preferences."""
 
 CHECKS: tuple[Check | BuildCheck, ...] = (
     Check("versions", cards.same_versions, CARDS),
@@ -133,14 +126,7 @@ CHECKS: tuple[Check | BuildCheck, ...] = (
     Check("order", order.segments, DATASET, EVERYTHING, deep=True),
     Check("answers", scores.rescored_answers, DATASET, EVERYTHING, deep=True),
     BuildCheck("checkpoints_and_order", order.checkpoints_and_order),
-    BuildCheck("pretraining_lowers_bits_per_byte", learning.pretraining_lowers_bits_per_byte, PRETRAIN),
-    BuildCheck("midtraining_raises_accuracy", learning.midtraining_raises_accuracy, MIDTRAIN),
-    BuildCheck("midtraining_keeps_bits_per_byte", learning.midtraining_keeps_bits_per_byte, MIDTRAIN),
-    BuildCheck("longcontext_keeps_bits_per_byte", learning.longcontext_keeps_bits_per_byte, LONG_CONTEXT),
-    BuildCheck("longcontext_finds_passkeys", learning.longcontext_finds_passkeys, LONG_CONTEXT),
-    BuildCheck("rlvr_raises_pass_at_1", learning.rlvr_raises_pass_at_1, RLVR),
-    BuildCheck("rlhf_keeps_skills", learning.rlhf_keeps_skills, DPO),
-    *(BuildCheck(f"{model}_is_preferred", partial(learning.is_preferred, model), DPO) for model in PREFERRED),
+    *(BuildCheck(gate, partial(learning.judged_by, rule), rule.remedy) for gate, rule in RULES.items()),
     BuildCheck("contamination_report", scores.contamination_report),
     Check("card_metadata", cards.card_metadata, ALONE, EVERYTHING),
     Check("cards", cards.cards, MODELS, EVERYTHING, gate="card_numbers", remedy="build again", libraries=CARD_WRITERS),

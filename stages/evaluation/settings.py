@@ -1,6 +1,6 @@
 """The section `evaluation` of a recipe: the measurements, the thresholds of the gates, and the nodes of the graph.
 
-No stage imports this module: a threshold changes a verdict of the release, not the result of a stage.
+No stage imports this module: a threshold changes a verdict, not the result of another stage.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from pipeline.core.bounds import Context, Line, Range
+from pipeline.core.bounds import Context, Flag, Line, Range
 from pipeline.core.stage import Config, added
 from pipeline.graph.dag import NodeSpec
 from stages.data.recipe import DataRecipe
@@ -20,6 +20,7 @@ from stages.evaluation import estimates, pass_at_k, win_rate
 from stages.evaluation.baselines import BaselinesSection
 from stages.evaluation.bits_per_byte import HeldoutLimit
 from stages.evaluation.estimates import DOCUMENT_TOKENS, QUESTION_TOKENS, count
+from stages.evaluation.gates import RULES
 from stages.evaluation.long_context import ContextSection
 from stages.evaluation.model_evaluation import ROWS_PER_BATCH, TEXT_ITEMS
 from stages.evaluation.pass_at_k import FurtherSamples, NumSamples
@@ -29,25 +30,10 @@ from stages.tasks.benchmarks import HarnessSection
 from stages.tasks.eval_set import ChatItems, Problems
 from stages.train.nodes import ExportedModel
 
-# Standard errors beyond which a difference is significant in one direction, at 95 %.
-SURE = 1.645
-# The gates on the effect of training, and the section of the recipe with the phase that each judges. No other gate can
-# be waived.
-WAIVABLE_GATES = {
-    "pretraining_lowers_bits_per_byte": "pretrain",
-    "midtraining_raises_accuracy": "midtrain",
-    "midtraining_keeps_bits_per_byte": "midtrain",
-    "longcontext_keeps_bits_per_byte": "long_context",
-    "longcontext_finds_passkeys": "long_context",
-    "rlvr_raises_pass_at_1": "rlvr",
-    "rlhf_keeps_skills": "dpo",
-    "dpo_is_preferred": "dpo",
-    "online-rlhf_is_preferred": "online_rlhf",
-}
 if TYPE_CHECKING:
     WaivableGate = str
 else:
-    WaivableGate = Literal[tuple(WAIVABLE_GATES)]
+    WaivableGate = Literal[tuple(RULES)]
 # A gain that must be exceeded. A recipe that wants none waives the gate.
 Gain = Annotated[float, Range(0, 1, below=True)]
 
@@ -101,8 +87,11 @@ class EvaluationSection(Config):
     these are stated and not judged"""
     min_accuracy_gain: Gain = 0.0
     """gain in accuracy from mid-training that must be exceeded, as far as there is room for it"""
-    waived_gates: Annotated[dict[WaivableGate, Line], Field(max_length=len(WAIVABLE_GATES))] = Field({})
+    waived_gates: Annotated[dict[WaivableGate, Line], Field(max_length=len(RULES))] = Field({})
     """gates on the effect of training that do not refuse the release, each with the reason, which the cards state"""
+    stop_at_gates: Flag = added(False)
+    """whether a gate that fails stops the run before the next phase: stages `gates-<phase>` judge each gate on the
+    effect of training as soon as the phase is evaluated; otherwise, the build of the release judges all of them"""
     chat: ChatSection | None = added(None)
     """evaluation in conversations; null: none"""
     context: ContextSection | None = added(None)

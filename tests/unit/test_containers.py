@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 import subprocess
 import sys
@@ -114,3 +115,67 @@ def test_one_failed_check_fails_all_and_each_has_a_line(capsys: pytest.CaptureFi
     assert re.fullmatch(
         r"ok      python: 2\nok      python: 2\nFAILED  exit: .* ended with 1: no\n\n", capsys.readouterr().out
     )
+
+
+NOTES = """#!/bin/sh
+echo "$(basename "$0") $*" | sed "s#$PWD#WORK#g" >> {calls}
+case "$(basename "$0") $1" in
+    "enroot import") ls source/containers > "$3" ;;
+    "apptainer build") ls source/containers > "$2" ;;
+esac
+"""
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A commit with the script, beside programs that note how they are called."""
+    for name in ("docker", "enroot", "apptainer"):
+        (tmp_path / name).write_text(NOTES.format(calls=tmp_path / "calls"))
+        (tmp_path / name).chmod(0o755)
+    folder = tmp_path / "checkout"
+    (folder / "containers").mkdir(parents=True)
+    (folder / "containers/build").write_bytes((FOLDER / "build").read_bytes())
+    (folder / "containers/build").chmod(0o755)
+    for words in (["init", "-q"], ["add", "."], ["-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qm", "A"]):
+        subprocess.run(["git", *words], cwd=folder, check=True)
+    return folder
+
+
+def build(checkout: Path, *names: str, path: str | None = None) -> subprocess.CompletedProcess[str]:
+    environment = {"PATH": path or f"{checkout.parent}:/usr/local/bin:/usr/bin:/bin"}
+    return subprocess.run([checkout / "containers/build", *names], env=environment, cwd=checkout.parent,
+                          capture_output=True, text=True, check=False)  # fmt: skip
+
+
+def test_the_script_builds_the_commit_and_prints_the_line_of_a_profile(checkout: Path) -> None:
+    commit = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], cwd=checkout, capture_output=True, text=True,
+                            check=True).stdout.strip()  # fmt: skip
+    (checkout / "untracked").touch()
+    for name in ("atom.sqsh", "atom.sif"):
+        made = build(checkout, name)
+        assert made.returncode == 0, made.stderr
+        file = checkout.parent / name
+        digest = hashlib.sha256(file.read_bytes()).hexdigest()
+        assert made.stdout.splitlines() == [f"commit {commit}, sha256 {digest}", f"image: {file}"]
+        assert file.read_text() == "build\n", "the files of the commit"
+    assert (checkout.parent / "calls").read_text().splitlines() == [
+        f"docker build --tag atom:{commit} --build-arg ENVIRONMENTS=nvidia vllm --file source/containers/Dockerfile .",
+        f"enroot import --output WORK/image.sqsh dockerd://atom:{commit}",
+        "apptainer build WORK/image.sif source/containers/atom.def",
+    ]
+    assert not list(checkout.parent.glob(".atom-image.*"))
+
+
+def test_the_script_says_in_one_sentence_why_it_builds_nothing(checkout: Path) -> None:
+    def sentence(*names: str, path: str | None = None) -> str:
+        made = build(checkout, *names, path=path)
+        assert made.returncode == 2 and not (checkout.parent / "calls").exists()
+        return made.stderr.removeprefix("containers/build: ").strip()
+
+    assert sentence() == sentence("atom.img") == "name the file to write: FILE.sqsh for pyxis, FILE.sif for Apptainer"
+    assert sentence("a/atom.sif") == "there is no folder a; make it first"
+    assert sentence("atom.sif", path="/usr/bin:/bin").startswith("there is no apptainer here; build on a machine")
+    (checkout.parent / "atom.sif").touch()
+    assert sentence("atom.sif") == "atom.sif exists, and is not overwritten; remove it, or name another file"
+    (checkout / "containers/build").write_text((checkout / "containers/build").read_text() + "# changed")
+    assert sentence("b.sif") == "the checkout has changes; commit them, for the image is of a commit"

@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from release.checks import learning, registry
+from release.checks import registry
 from release.checks.check import BuildContext, GateResult
 from release.facts.data_facts import DataFacts, read_data_facts
 from release.facts.score_facts import CONTAMINATION, compute_scores
 from stages.confidence import Mean
-from stages.evaluation.settings import WAIVABLE_GATES, EvaluationSection
+from stages.evaluation import gates
+from stages.evaluation.settings import EvaluationSection
 from tests.fixtures import release_fixtures
 
 LIMITS = EvaluationSection(problems={"add": 40}).model_dump()
@@ -110,8 +111,8 @@ def test_a_gain_is_demanded_only_below_the_ceiling(built: Path, before: float, a
 
 def test_a_few_items_are_no_ceiling() -> None:
     """A share of 0.5 of two items is not known to be near 1, and neither is one of 0."""
-    assert not learning.at_ceiling(mean(0.5, 0.5, 2)) and not learning.at_ceiling(mean(0.0, 0.0, 2))
-    assert learning.at_ceiling(mean(1.0, 0.0, 2))
+    assert not gates.at_ceiling(mean(0.5, 0.5, 2)) and not gates.at_ceiling(mean(0.0, 0.0, 2))
+    assert gates.at_ceiling(mean(1.0, 0.0, 2))
 
 
 def test_a_waived_gate_refuses_nothing_and_is_stated(built: Path) -> None:
@@ -122,7 +123,7 @@ def test_a_waived_gate_refuses_nothing_and_is_stated(built: Path) -> None:
     results = {result.name: result for result in registry.run_gates(context)}
     waived = results["midtraining_raises_accuracy"]
     assert waived.ok is None and waived.detail.startswith("waived by the recipe (an example); accuracy 0.")
-    assert WAIVABLE_GATES.keys() <= set(registry.gate_names())
+    assert gates.RULES.keys() <= set(registry.gate_names())
 
 
 def chat_context(folder: Path, contaminated: int = 0, **changed: tuple[float, float]):

@@ -27,7 +27,7 @@ from release.facts.run_facts import read_checkpoints
 from release.opened_release import Release
 from release.repositories import files_below
 from release.schema import read_release
-from stages.evaluation.settings import SURE
+from stages.evaluation.gates import SURE
 from stages.recipe import ReleaseRecipe
 from tests.fixtures import release_fixtures
 from tests.fixtures.audit_fixtures import verify
