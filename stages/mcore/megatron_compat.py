@@ -43,6 +43,7 @@ def after_import() -> None:
     _count_without_padding()
     _balance_dispatched_experts()
     _keep_graph_inputs()
+    _recompute_without_engine()
 
 
 _te_general_gemm: Any = None
@@ -133,6 +134,19 @@ def _keep_graph_inputs() -> None:
                 super().insert(tensor)
 
     record.tensor_reuse_pool = Pool()
+
+
+def _recompute_without_engine() -> None:
+    """Corrects, in all versions, selective recomputation where Transformer Engine is missing.
+
+    It takes the default `fp8=False` for FP8 and then asks Transformer Engine for its state.
+    """
+    from megatron.core.tensor_parallel import random
+
+    if random.HAVE_TE:
+        return
+    start = random.CheckpointWithoutOutput.__init__
+    random.CheckpointWithoutOutput.__init__ = lambda self, fp8=None: start(self, fp8 or None)
 
 
 def router_losses() -> dict[str, Tensor]:

@@ -33,7 +33,7 @@ def rows_by_hand() -> list[plan.StagePlan]:
     node = dag.compose(recipes.load("atom-30b-a3b"), Store(Path("none")), without_data=True).nodes["pretrain"]
     known = replace(node.stage.estimate(node.config), flops=3.6e21)
     assert known.training is not None
-    phase, recomputed = (replace(known, training=replace(known.training, recomputes=x)) for x in (False, True))
+    phase, recomputed = (replace(known, training=replace(known.training, recomputed=x)) for x in (1, RECOMPUTED))
 
     def row(
         name: str, estimate: Estimate, ranks: int = 1, trains: bool = False, sealed: bool = False
@@ -79,7 +79,7 @@ def test_hours_money_and_energy_by_hand(tmp_path: Path) -> None:
     energy = 16 + 0.7e3 * gpu_hours
     assert estimate.total == Use("all", *map(pytest.approx, (hours, gpu_hours, 2, cost, energy)))
     assert estimate.assumed[0] == (
-        "assumed: G at 0.25 of 1000 TFLOP/s in bf16, a third more FLOPs where layers are computed again; a guess"
+        "assumed: G at 0.25 of 1000 TFLOP/s in bf16, up to 33% more FLOPs where the backward pass computes again; a guess"
     )
 
 
@@ -172,7 +172,7 @@ def test_without_a_measured_rate_the_model_gives_the_time(tmp_path: Path) -> Non
     flops = RECOMPUTED * pretrain.estimate.flops  # type: ignore[operator]
     assert measured.total.gpu_hours == pytest.approx(flops / 989e12 / 0.25 / 3600)
     assert measured.assumed[0] == (
-        "assumed: H100 SXM at 0.25 of 989 TFLOP/s in bf16, a third more FLOPs where layers are computed again; our run"
+        "assumed: H100 SXM at 0.25 of 989 TFLOP/s in bf16, up to 33% more FLOPs where the backward pass computes again; our run"
     )
 
 
