@@ -12,7 +12,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from stages.mcore import megatron_patches
+from stages.mcore import megatron_compat, megatron_patches
 from stages.mcore.megatron_imports import (
     MLP,
     AttnMaskType,
@@ -99,10 +99,11 @@ def _separate_norms(layer: Any, is_dense: bool) -> None:
     """Takes the norms out of Transformer Engine's linear layers, which would keep what these norms return."""
     from megatron.core.extensions import transformer_engine as te
 
-    layer.input_layernorm = layer.pre_mlp_layernorm = te.TENorm
+    layer.input_layernorm = te.TENorm
     layer.self_attention.submodules.linear_qkv = te.TEColumnParallelLinear
-    if is_dense:
-        layer.mlp.submodules.linear_fc1 = te.TEColumnParallelLinear
+    if is_dense:  # experts have a norm of their own
+        layer.pre_mlp_layernorm = te.TENorm
+        megatron_compat.mlp_submodules(layer.mlp).linear_fc1 = te.TEColumnParallelLinear
 
 
 def recompute_activations(chunk: Any) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 import types
+from functools import partial
 from typing import Any
 
 import torch
@@ -134,6 +135,11 @@ def _keep_graph_inputs() -> None:
                 super().insert(tensor)
 
     record.tensor_reuse_pool = Pool()
+
+
+def mlp_submodules(mlp: Any) -> Any:
+    """Returns the parts of the specification of a dense feed-forward part, which in 0.19 is a partial function."""
+    return mlp.keywords["submodules"] if isinstance(mlp, partial) else mlp.submodules
 
 
 def _recompute_without_engine() -> None:
