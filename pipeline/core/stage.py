@@ -139,8 +139,8 @@ class TrainingEstimate:
     precision: str
     # The layout in words: TP4 PP2 EP32 DP64.
     layout: str
-    # Layers, in the backward pass.
-    recomputes: bool
+    # FLOPs with those that the backward pass computes again, beside the model's; 1: none.
+    recomputed: float
     # Training FLOPs of the model, without recomputation.
     gflop_per_token: float
     # Weights, gradients and optimizer of a rank.

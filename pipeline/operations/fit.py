@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from pipeline.core.errors import RecipeError
-from pipeline.core.stage import RECOMPUTED, TrainingTime, family
+from pipeline.core.stage import TrainingTime, family
 from pipeline.core.store import Store
 from pipeline.graph.budget import Hours
 from pipeline.graph.dag import Graph, states
@@ -184,7 +184,7 @@ def rate_of(row: StagePlan, profile: Profile) -> Rate | TrainingTime | str:
 def _seconds(row: StagePlan, rate: Rate) -> float:
     """Returns the GPU seconds of a training phase at a measured rate."""
     assert rate.utilization is not None
-    return _flops_of_ranks(row) * (RECOMPUTED if _recomputes(row) else 1) / (rate.peak * rate.utilization)
+    return _flops_of_ranks(row) * _recomputed(row) / (rate.peak * rate.utilization)
 
 
 def _flops_of_ranks(row: StagePlan) -> float:
@@ -217,8 +217,8 @@ def gpus_of(row: StagePlan, profile: Profile, all_of_job: bool = False) -> int:
     return allocation.all_gpus if all_of_job else allocation.gpus
 
 
-def _recomputes(row: StagePlan) -> bool:
-    return row.estimate.training is not None and row.estimate.training.recomputes
+def _recomputed(row: StagePlan) -> float:
+    return row.estimate.training.recomputed if row.estimate.training else 1.0
 
 
 def priced(use: Use, profile: Profile) -> Use:
@@ -254,8 +254,8 @@ def _rates(rows: list[StagePlan], on_gpus: Collection[str], profile: Profile) ->
         return []
     if measured := [(row, rate) for row, rate in training if isinstance(rate, Rate)]:
         rates = " and ".join(dict.fromkeys(f"{rate.utilization:g} of {_peak(row, rate)}" for row, rate in measured))
-        recomputes = any(_recomputes(row) for row, _ in measured)
-        again = ", a third more FLOPs where layers are computed again" if recomputes else ""
+        most = max(_recomputed(row) for row, _ in measured)
+        again = f", up to {most - 1:.0%} more FLOPs where the backward pass computes again" if most > 1 else ""
         sentences.append(f"assumed: {gpu.name} at {rates}{again}; {gpu.source}")
     if modeled := [(row, time) for row, time in training if isinstance(time, TrainingTime)]:
         phases: dict[str, list[str]] = {}

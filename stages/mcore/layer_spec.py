@@ -12,11 +12,13 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from stages.mcore import megatron_patches
+from stages.mcore import megatron_compat, megatron_patches
 from stages.mcore.megatron_imports import (
+    MLP,
     AttnMaskType,
     MegatronModule,
     PackedSeqParams,
+    SequentialMLP,
     TransformerBlockSubmodules,
     TransformerConfig,
     get_gpt_layer_local_spec,
@@ -25,6 +27,7 @@ from stages.mcore.megatron_imports import (
     get_transformer_layer_offset,
     gpt_layer_specs,
     parallel_state,
+    tensor_parallel,
 )
 from stages.mcore.qkv import SelfAttention
 from stages.mcore.row_tables import Documents, Tables
@@ -61,6 +64,8 @@ def layer_spec(config: TransformerConfig, virtual_stage: int | None = None, pack
             spec = get_gpt_layer_with_transformer_engine_spec(
                 num_experts=experts, moe_grouped_gemm=config.moe_grouped_gemm, qk_layernorm=config.qk_layernorm
             )
+            if config.recompute_granularity == "selective" and "layernorm" in config.recompute_modules:
+                _separate_norms(spec.submodules, is_dense=experts is None)
         else:
             spec = get_gpt_layer_local_spec(
                 num_experts=experts, moe_grouped_gemm=False, qk_layernorm=config.qk_layernorm, normalization="RMSNorm"
@@ -88,6 +93,42 @@ def layer_spec(config: TransformerConfig, virtual_stage: int | None = None, pack
 
         norm = transformer_engine.TENorm
     return TransformerBlockSubmodules(layer_specs=[specs[kind] for kind in kinds], layer_norm=norm)
+
+
+def _separate_norms(layer: Any, is_dense: bool) -> None:
+    """Takes the norms out of Transformer Engine's linear layers, which would keep what these norms return."""
+    from megatron.core.extensions import transformer_engine as te
+
+    layer.input_layernorm = te.TENorm
+    layer.self_attention.submodules.linear_qkv = te.TEColumnParallelLinear
+    if is_dense:  # experts have a norm of their own
+        layer.pre_mlp_layernorm = te.TENorm
+        megatron_compat.mlp_submodules(layer.mlp).linear_fc1 = te.TEColumnParallelLinear
+
+
+def recompute_activations(chunk: Any) -> None:
+    """Lets local experts compute their SwiGLU again in the backward pass, as Megatron lets grouped ones."""
+    for module in chunk.modules():
+        if isinstance(module, SequentialMLP):
+            for expert in module.local_experts:
+                expert.__class__ = RecomputedExpert
+
+
+class RecomputedExpert(MLP):  # type: ignore[misc]
+    """A local expert that keeps gate and up, and neither their product nor what it is made of."""
+
+    def forward(self, tokens: Tensor, per_token_scale: Tensor, **_: Any) -> tuple[Tensor, None]:
+        """The output for `tokens` [tokens, hidden], weighted by `per_token_scale` [tokens]."""
+        checkpoint = tensor_parallel.CheckpointWithoutOutput()
+        weighted = checkpoint.checkpoint(_weighted_swiglu, self.linear_fc1(tokens)[0], per_token_scale)
+        output, _ = self.linear_fc2(weighted)
+        checkpoint.discard_output_and_register_recompute(output)
+        return output, None
+
+
+def _weighted_swiglu(gate_and_up: Tensor, scale: Tensor) -> Tensor:
+    gate, up = gate_and_up.chunk(2, -1)
+    return (F.silu(gate) * up * scale[:, None]).to(gate.dtype)
 
 
 class RMSNorm(torch.nn.RMSNorm):

@@ -5,18 +5,25 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
-from stages.models.base import ModelConfig
+from stages.models.base import ModelConfig, Precision
 from stages.models.parallel_layout import Layout
 
 
 def problem(
-    layout: Layout, model: ModelConfig, padded_vocab_size: int, micro_batches: Iterable[int], packed: bool = False
+    layout: Layout,
+    model: ModelConfig,
+    padded_vocab_size: int,
+    micro_batches: Iterable[int],
+    packed: bool = False,
+    precision: Precision = "bf16",
 ) -> str | None:
     """The reason why this layout cannot train the model, as a sentence that starts with a field; None if it can.
 
     micro_batches: of one optimizer step, over all ranks; several if the batch grows. packed: rows hold several
     documents.
     """
+    if reason := _no_recomputation(layout, model, precision) or _no_pipeline(layout, model):
+        return reason
     if layout.cuda_graphs and (reason := _no_graphs(layout, model, packed)):
         return f"parallelism.cuda_graphs = true is not possible {reason}; leave it out"
     if model.routing is None:
@@ -28,13 +35,6 @@ def problem(
         if value % (size := sizes[field]):
             nearest = _divisors_around(value, size)
             return f"parallelism.{field} = {size} does not divide {dimension} = {value}; nearest: {nearest}"
-    # Every chunk has equally many layers; Megatron's uneven stages are not supported here.
-    chunks = layout.pp * layout.vpp
-    if model.layers % chunks:
-        return (
-            f"parallelism.pp = {layout.pp} with vpp = {layout.vpp} cannot deal "
-            f"layers = {model.layers} evenly; nearest product: {_divisors_around(model.layers, chunks)}"
-        )
     for fields, size in (
         ("tp x pp x cp", layout.tp * layout.pp * layout.cp),
         ("etp x ep x pp", layout.split_experts * layout.ep * layout.pp),
@@ -73,6 +73,45 @@ def problem(
                 f"{layout.pp} micro-batches on each data-parallel rank, not {per_rank}; "
                 f"change batch.micro_tokens or ranks"
             )
+    return None
+
+
+def _no_recomputation(layout: Layout, model: ModelConfig, precision: Precision) -> str | None:
+    """Returns a sentence on modules that cannot be computed again; None if they can."""
+    if layout.recompute != "selective":
+        if layout.recompute_modules:
+            return (
+                f"parallelism.recompute_modules needs recompute = selective, and recompute is {layout.recompute}; "
+                "leave one of them out"
+            )
+        return None
+    if precision not in ("fp32", "bf16"):
+        return (
+            f"parallelism.recompute = selective is not possible with precision = {precision}, where matrices keep "
+            "other tensors than those that it computes again; use recompute = layer"
+        )
+    for module in layout.recompute_modules or ():
+        part = {"layernorm": True, "moe_act": model.routing is not None}
+        if not part.get(module, model.matrices_again([module]) > 0):
+            return (
+                f"parallelism.recompute_modules = {module} names a part that no layer of this model has; leave it out"
+            )
+    return None
+
+
+def _no_pipeline(layout: Layout, model: ModelConfig) -> str | None:
+    """Returns a sentence on layers that cannot be dealt to the chunks of the pipeline in this way; None if they can."""
+    chunks, counts = layout.pp * layout.vpp, layout.chunk_layers(model.layers)
+    if layout.pp_layers and (len(counts), sum(counts)) != (chunks, model.layers):
+        return (
+            f"parallelism.pp_layers has {len(counts)} numbers and the sum {sum(counts)}, not one for each of "
+            f"pp x vpp = {chunks} chunks and the sum layers = {model.layers}; change it, or leave it out"
+        )
+    if min(counts) < 1:
+        return (
+            f"parallelism.pp = {layout.pp} with vpp = {layout.vpp} leaves a chunk without any of layers = "
+            f"{model.layers}; nearest product: {_divisors_around(model.layers, chunks)}"
+        )
     return None
 
 

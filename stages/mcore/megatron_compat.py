@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 import types
+from functools import partial
 from typing import Any
 
 import torch
@@ -43,6 +44,7 @@ def after_import() -> None:
     _count_without_padding()
     _balance_dispatched_experts()
     _keep_graph_inputs()
+    _recompute_without_engine()
 
 
 _te_general_gemm: Any = None
@@ -133,6 +135,24 @@ def _keep_graph_inputs() -> None:
                 super().insert(tensor)
 
     record.tensor_reuse_pool = Pool()
+
+
+def mlp_submodules(mlp: Any) -> Any:
+    """Returns the parts of the specification of a dense feed-forward part, which in 0.19 is a partial function."""
+    return mlp.keywords["submodules"] if isinstance(mlp, partial) else mlp.submodules
+
+
+def _recompute_without_engine() -> None:
+    """Corrects, in all versions, selective recomputation where Transformer Engine is missing.
+
+    It takes the default `fp8=False` for FP8 and then asks Transformer Engine for its state.
+    """
+    from megatron.core.tensor_parallel import random
+
+    if random.HAVE_TE:
+        return
+    start = random.CheckpointWithoutOutput.__init__
+    random.CheckpointWithoutOutput.__init__ = lambda self, fp8=None: start(self, fp8 or None)
 
 
 def router_losses() -> dict[str, Tensor]:

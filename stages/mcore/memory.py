@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 
 from stages.mcore.lora import Lora
 from stages.mcore.optimizer import OptimizerSettings
@@ -33,9 +34,8 @@ SOFTMAX = 4
 
 def layers_of(model: ModelConfig, layout: Layout, pipeline_rank: int) -> list[list[int]]:
     """The layers of each model chunk of a pipeline rank. Megatron assigns chunks in turns."""
-    layers_per_chunk = model.layers // (layout.pp * layout.vpp)
-    starts = [(chunk * layout.pp + pipeline_rank) * layers_per_chunk for chunk in range(layout.vpp)]
-    return [list(range(start, start + layers_per_chunk)) for start in starts]
+    ends = list(accumulate(layout.chunk_layers(model.layers), initial=0))
+    return [list(range(ends[chunk], ends[chunk + 1])) for chunk in range(pipeline_rank, len(ends) - 1, layout.pp)]
 
 
 def memory_share(model: ModelConfig, padded_vocab_size: int, layout: Layout, pipeline_rank: int) -> MemoryShare:
@@ -165,9 +165,10 @@ class Activations:
     def saved(self) -> float:
         """Returns the bytes that the forward passes in flight keep.
 
-        With recompute = layer each layer keeps only its input. The last stage keeps the inputs of the final norm and of
-        the output head, and the fp32 softmax of the logits, or, of a loss by slices, the gradients of the head and of
-        its inputs; an earlier stage keeps its outputs. Packed rows have one table of rotary values for all layers.
+        With recompute = layer each layer keeps only its input, with selective all but the tensors of those modules.
+        The last stage keeps the inputs of the final norm and of the output head, and the fp32 softmax of the logits,
+        or, of a loss by slices, the gradients of the head and of its inputs; an earlier stage keeps its outputs. Packed
+        rows have one table of rotary values for all layers.
         """
         saved = self._saved_by_layers()
         return saved + self._inputs_of_loss() + self._loss()[0] if self.is_last else saved
@@ -238,7 +239,7 @@ class Activations:
         They are the inputs of feed-forward matrices without an adapter, of which no gradient is wanted. The layer at
         work has them.
         """
-        if "mlp" in lora.targets or self.layout.recompute == "layer":
+        if "mlp" in lora.targets or self.layout.recompute != "none":
             return 0.0
         widths = [self.model.mlp_inputs(self.layout, layer) for chunk in self.chunks for layer in chunk]
         return self.size * self.tokens * (self.in_flight * sum(widths) - max(widths))
@@ -253,7 +254,7 @@ class Activations:
             kept += layout.vpp * self.size * self.model.hidden_size
         # Cosines and sines, and masks: of all layers, and if rows are one document each, of all these rows.
         tables = self.tokens * 8 * self.model.rotary_dim * layout.tp / (1 if rows.packed else rows.rows)
-        tables += self._masks() if layout.recompute == "none" else 0.0
+        tables += self._masks() if layout.recompute != "layer" else 0.0
         return self.in_flight * self.tokens * kept + (self.in_flight if rows.packed else 1) * tables
 
     def _gathered_ranks(self) -> int:
@@ -314,9 +315,11 @@ class Activations:
     def _layer(self, layer: int) -> tuple[float, float]:
         """Returns the bytes of a layer for each token: (kept for the backward pass, at work in it)."""
         model, layout, precision = self.model, self.layout, self.precision
-        saved = sum(model.layer_activations(layout, precision, self.rows, layer, self.fused).values())
-        working = model.layer_working_set(layout, precision, self.rows, layer)
-        if layout.recompute == "none":
-            return saved, working
-        layer_input = self.size * model.hidden_size
-        return layer_input, saved - layer_input + working
+        tensors = model.layer_activations(layout, precision, self.rows, layer, self.fused)
+        saved, working = sum(tensors.values()), model.layer_working_set(layout, precision, self.rows, layer)
+        if layout.recompute == "layer":
+            kept = self.size * model.hidden_size
+        else:
+            # In the backward pass the modules of one layer are there again.
+            kept = saved - sum(tensors[name] for name in model.recomputed(layout.recomputed, layer))
+        return kept, saved - kept + working

@@ -17,7 +17,7 @@ from pipeline.core.errors import AtomError, RecipeError
 from stages.mcore import gpu, megatron_compat, megatron_patches
 from stages.mcore.architectures import architecture_of
 from stages.mcore.language_model import LanguageModel, mask_padding
-from stages.mcore.layer_spec import has_transformer_engine, uses_transformer_engine
+from stages.mcore.layer_spec import has_transformer_engine, recompute_activations, uses_transformer_engine
 from stages.mcore.megatron_imports import GPTModel, MLATransformerConfig, TopKRouter, TransformerConfig, parallel_state
 from stages.mcore.row_tables import RowTables, frequencies, megatron_yarn
 from stages.mcore.tensor_sharding import is_copied
@@ -63,6 +63,8 @@ def transformer_config(model: ModelConfig, layout: Layout, precision: Precision 
     # Before the routers are built: it is a switch of the process.
     megatron_compat.multiply_routers_with_transformer_engine(engine)
     kind = MLATransformerConfig if of_model.get("multi_latent_attention") else TransformerConfig
+    # Megatron recomputes the SwiGLU of grouped experts only; local experts are layer_spec's.
+    modules = [name for name in layout.recomputed if name != "moe_act" or (engine and model.routing)]
     config = kind(
         **words,
         **{"num_layers": model.layers, **of_model},
@@ -80,6 +82,7 @@ def transformer_config(model: ModelConfig, layout: Layout, precision: Precision 
         # With tensor parallelism always: otherwise each rank would keep all activations between layers.
         sequence_parallel=layout.tp > 1,
         pipeline_model_parallel_size=layout.pp,
+        pipeline_model_parallel_layout=_uneven_stages(layout.chunk_layers(model.layers)),
         virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
         # Two pipeline ranks are each other's next and previous one; only the ordered sends and receives of the
         # overlapping mode then tell an activation from a gradient. Batched ones mix them up without an error.
@@ -88,7 +91,8 @@ def transformer_config(model: ModelConfig, layout: Layout, precision: Precision 
         context_parallel_size=layout.cp,
         expert_model_parallel_size=layout.ep,
         expert_tensor_parallel_size=layout.split_experts,
-        recompute_granularity="full" if layout.recompute == "layer" else None,
+        recompute_granularity={"none": None, "selective": "selective", "layer": "full"}[layout.recompute],
+        recompute_modules=modules if layout.recompute == "selective" else None,
         # Each layer by itself keeps only its input.
         recompute_method="uniform" if layout.recompute == "layer" else None,
         recompute_num_layers=1 if layout.recompute == "layer" else None,
@@ -100,6 +104,14 @@ def transformer_config(model: ModelConfig, layout: Layout, precision: Precision 
     for name, value in megatron_yarn(model).items():
         setattr(config, name, value)
     return config
+
+
+def _uneven_stages(counts: Sequence[int]) -> list[list[str]] | None:
+    """Megatron's layout of a pipeline whose chunks have so many layers; None if all have equally many."""
+    if len(set(counts)) == 1:
+        return None
+    stages = [["decoder"] * count for count in counts]
+    return [["embedding", *stages[0]], *stages[1:-1], [*stages[-1], "loss"]]
 
 
 def _dispatcher(layout: Layout) -> str:
@@ -151,6 +163,8 @@ def build(
                 rotary_base=model.rope_theta,
                 vp_stage=stage,
             )
+        if "moe_act" in layout.recomputed:
+            recompute_activations(chunk)
         for layer in chunk.decoder.layers:
             layer.model_layer = layer.layer_number - 1
             for router in layer.modules():

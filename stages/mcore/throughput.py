@@ -19,6 +19,9 @@ No micro-batch takes less than the host, which issues each layer once, however f
 layers split over many ranks leave the GPU waiting. The dispatcher alltoall costs it more, since it sends
 counts of tokens to the host; flex keeps them on the GPU, and no published run shows what it costs.
 
+What is computed again costs a third of its part of these, its forward pass once more; the few launches of norms and
+activations do not count.
+
 A step adds the pipeline's bubble of (pp - 1) / vpp micro-batches (Narayanan et al., 2021), the reduction of gradients
 and the gathering of weights as far as the last micro-batch does not hide them, and the optimizer. Routing is even.
 Context-parallel and pipeline traffic are taken as hidden, and packed rows as slow as full ones.
@@ -29,15 +32,16 @@ Context-parallel and pipeline traffic are taken as hidden, and packed rows as sl
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Literal
 
 from pipeline.core.stage import RECOMPUTED, Accelerator, family
 from stages.mcore.memory import GRADIENT, MASTER, NVFP4, sharing
 from stages.mcore.optimizer import STATE_BYTES
-from stages.models.base import AttentionCost, ModelConfig, Rows
-from stages.models.parallel_layout import Layout
+from stages.models.base import MATRICES_AGAIN, AttentionCost, ModelConfig, Rows
+from stages.models.parallel_layout import Layout, Module
 
 FLOPS = 6
 """FLOPs of a matrix parameter and token, 2 forward and 4 backward."""
@@ -110,8 +114,19 @@ class LayerShape:
 
 
 @dataclass(frozen=True)
+class Again:
+    """What all layers compute again if a module is: parameters that each token meets, and bytes as in LayerShape."""
+
+    dense: int
+    saved: float
+
+
+@dataclass(frozen=True)
 class Shape:
-    """The sizes of a model on which its time depends. heads: output heads (several with multi-token prediction)."""
+    """The sizes of a model on which its time depends.
+
+    heads: output heads (several with multi-token prediction). again: the cost of recomputation, by module.
+    """
 
     hidden: int
     vocabulary: int
@@ -120,6 +135,7 @@ class Shape:
     experts: int = 1
     top_k: int = 1
     heads: int = 1
+    again: Mapping[Module, Again] = field(default_factory=dict)
 
     @cached_property
     def depth(self) -> int:
@@ -156,7 +172,16 @@ def shape_of(model: ModelConfig, padded_vocab_size: int) -> Shape:
         # Tokens in bf16 that are sorted for their experts, received, returned and sorted back.
         working = 4 * 2 * model.hidden_size * top_k if parameters.experts else 0
         groups.append(LayerShape(1, parameters.dense, parameters.experts, saved, working))
-    return Shape(model.hidden_size, padded_vocab_size, tuple(groups), model.attention(), experts, top_k)
+    again = {module: _again(model, module) for module in MATRICES_AGAIN}
+    return Shape(model.hidden_size, padded_vocab_size, tuple(groups), model.attention(), experts, top_k, again=again)
+
+
+def _again(model: ModelConfig, module: Module) -> Again:
+    rows, saved = Rows(1, model.context_length), 0.0
+    for layer in range(model.layers):
+        tensors = model.layer_activations(Layout(), "bf16", rows, layer, fused=True)
+        saved += sum(tensors[name] for name in model.recomputed([module], layer))
+    return Again(model.matrices_again([module]), saved)
 
 
 @dataclass(frozen=True)
@@ -263,18 +288,37 @@ def _micro_batch(shape: Shape, gpu: Accelerator, run: StepSetup, c: Constants) -
     if layout.recompute == "layer":  # forward again: a gather and a scatter, there and back
         again = {"weights": 1.0, "tensor": 7 / 5, "experts": 6 / 4}
         times = {name: seconds * again.get(name, RECOMPUTED) for name, seconds in times.items()}
+    for module in layout.recomputed:
+        part = shape.again[module]
+        times["products"] += FLOPS / 3 * tokens * part.dense / rate
+        times["between"] += tokens * part.saved * c.passes / 3 / gpu.memory
+        if module == "mlp":  # a gather and a scatter
+            times["tensor"] += (shape.depth - shape.sparse) * 2 * gather
     if run.hides_experts:
         # behind the compute of another micro-batch, which the first and the last of a step lack in half
         hidden = min(times["experts"], times["products"] + times["attention"] + times["between"])
         times["experts"] -= hidden * (1 - 1 / run.micro_batches)
-    # the slowest stage has whole layers, and the last one the head
-    part = -(-shape.depth // (layout.pp * layout.vpp)) * layout.vpp / shape.depth
+    of_head = FLOPS * tokens * shape.head / bf16, tokens * LOGIT * shape.heads * shape.vocabulary / gpu.memory
+    part, head = _slowest_stage(shape, run, math.fsum(times.values()), sum(of_head))
     times = {name: seconds * part for name, seconds in times.items()}
-    head = 1 / layout.pp if run.balanced else 1.0
-    times["products"] += head * FLOPS * tokens * shape.head / bf16
-    times["between"] += head * tokens * LOGIT * shape.heads * shape.vocabulary / gpu.memory
+    times["products"] += head * of_head[0]
+    times["between"] += head * of_head[1]
     # what the GPU waits for a host that has not issued its work yet
     return StepTime(**times, host=max(0.0, part * _host(shape, run, c) - math.fsum(times.values())))
+
+
+def _slowest_stage(shape: Shape, run: StepSetup, layers: float, head: float) -> tuple[float, float]:
+    """Returns the shares of all layers and of the head that the slowest stage has.
+
+    A stage has whole layers, and the last one the head. layers, head: seconds of all of them.
+    """
+    layout, depth = run.layout, shape.depth
+    if run.balanced:
+        return -(-depth // (layout.pp * layout.vpp)) * layout.vpp / depth, 1 / layout.pp
+    counts = layout.chunk_layers(depth)
+    *others, last = (sum(counts[stage :: layout.pp]) / depth for stage in range(layout.pp))
+    most = max(others, default=0.0)
+    return (most, 0.0) if most * layers > last * layers + head else (last, 1.0)
 
 
 def _host(shape: Shape, run: StepSetup, c: Constants) -> float:

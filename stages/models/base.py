@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
 
 from pipeline.core.bounds import Context, Flag, Range
 from pipeline.core.stage import Config, added
-from stages.models.parallel_layout import Layout
+from stages.models.parallel_layout import Layout, Module
 from stages.models.param_names import BUFFERS, EMBEDDING, is_cut
 
 SLICE = 128
@@ -42,6 +42,15 @@ EIGHT_BITS_BYTES = 1 + 1 / 32
 """Bytes of a number of these formats, with its part of a scale: 4 bytes for 128, or one for 32."""
 EXPERT = "experts.local_experts.{}."
 """The beginning of the names of an expert's tensors after `mlp.`, with a place for its number."""
+NORMS = ("its norm, input of the projections", "its norm")
+"""The outputs of a layer's norms, by their names in `layer_activations`."""
+MATRICES_AGAIN: dict[Module, tuple[str, ...]] = {
+    "layernorm": (),
+    "moe_act": (),
+    "mlp": ("mlp.linear_",),
+    "shared_experts": ("mlp.shared_experts.",),
+}
+"""The beginnings of the names of a layer's matrices that multiply again if a module is computed again."""
 Shapes = dict[str, tuple[int, ...]]
 
 
@@ -265,6 +274,10 @@ class ModelConfig(Config, ABC):
         shared = shapes.get("shared_experts.linear_fc2.weight", (0, 0))[1]
         return self.routing.top_k * (inner + hidden * layout.split_experts) + shared
 
+    def mlp_recomputed(self, modules: Collection[Module], layer: int) -> Collection[str]:
+        """The names in `mlp_activations` of what is not kept if these modules are computed again."""
+        return ("gate and up", "SwiGLU") if "mlp" in modules else ()
+
     # -- limits and words ---------------------------------------------------------------------------------------------
 
     def split_sizes(self) -> list[tuple[str, str, int]]:
@@ -317,12 +330,18 @@ class ModelConfig(Config, ABC):
 
     def matrices(self, padded_vocab_size: int) -> int:
         """Matrix parameters that one token uses: active ones with the output head, without input table and norms."""
-        used = padded_vocab_size * self.hidden_size
-        for layer in range(self.layers):
-            # Vectors, such as norms and biases, cost no product.
-            matrices = ((name, shape) for name, shape in self.layer_shapes(layer).items() if len(shape) > 1)
-            used += sum(self._copies(name)[1] * math.prod(shape) for name, shape in matrices)
-        return used
+        return padded_vocab_size * self.hidden_size + sum(self._used(layer) for layer in range(self.layers))
+
+    def matrices_again(self, modules: Collection[Module]) -> int:
+        """Those of all layers that one token uses once more if the backward pass computes these modules again."""
+        beginnings = tuple(name for module in modules for name in MATRICES_AGAIN[module])
+        return sum(self._used(layer, beginnings) for layer in range(self.layers))
+
+    def _used(self, layer: int, beginnings: tuple[str, ...] = ("",)) -> int:
+        """Matrix parameters of a layer that one token uses, of those whose names begin so."""
+        # Vectors, such as norms and biases, cost no product.
+        matrices = ((name, shape) for name, shape in self.layer_shapes(layer).items() if len(shape) > 1)
+        return sum(self._copies(name)[1] * math.prod(shape) for name, shape in matrices if name.startswith(beginnings))
 
     def _copies(self, name: str) -> tuple[int, int]:
         """The number of a layer's tensors that a name of `layer_shapes` stands for, and of those that a token uses."""
@@ -354,14 +373,19 @@ class ModelConfig(Config, ABC):
         quantized = self.attention_inputs() + self.mlp_inputs(layout, layer) if precision in EIGHT_BITS else 0
         return {
             "layer's input": tokens,
-            "its norm, input of the projections": tokens,
+            NORMS[0]: tokens,
             **self.attention_activations(layout, precision, rows, fused),
             "input of the second half": tokens,
-            "its norm": tokens,
+            NORMS[1]: tokens,
             **self.mlp_activations(layout, size, layer, fused),
             # Negative: these inputs are counted above in the model's type, and kept in 8 bits.
             "inputs of matrices in 8 bits": -(size - EIGHT_BITS_BYTES) * quantized,
         }
+
+    def recomputed(self, modules: Collection[Module], layer: int) -> set[str]:
+        """The names in `layer_activations` of what is not kept if these modules are computed again."""
+        norms = NORMS if "layernorm" in modules else ()
+        return {*norms, *self.mlp_recomputed(modules, layer)}
 
     def layer_working_set(self, layout: Layout, precision: Precision, rows: Rows, layer: int) -> float:
         """Bytes that a layer has at one time beyond what it keeps, for each of a rank's tokens: of one part at work.

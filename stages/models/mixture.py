@@ -13,6 +13,7 @@ Qwen3MoeForCausalLM and Glm4MoeForCausalLM.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import model_validator
@@ -31,7 +32,7 @@ from stages.models.base import (
     swiglu_shapes,
 )
 from stages.models.grouped_query import GroupedQueryConfig
-from stages.models.parallel_layout import Layout
+from stages.models.parallel_layout import Layout, Module
 
 Experts = Annotated[int, Range(1, 4096, "Kimi K2: 384, Switch-C: 2048")]
 """A number of experts, or of groups of them."""
@@ -132,6 +133,12 @@ class MixtureConfig(ModelConfig):
             "shared expert": (2 + swiglu) * size * self.shared_width,
             "experts' outputs, summed in one order": size * self.hidden_size * copies if layout.deterministic else 0,
         }
+
+    def mlp_recomputed(self, modules: Collection[Module], layer: int) -> Collection[str]:
+        if layer < self.dense_layers:
+            return super().mlp_recomputed(modules, layer)
+        names: dict[Module, str] = {"moe_act": "experts' SwiGLU, and weighted", "shared_experts": "shared expert"}
+        return [names[module] for module in modules if module in names]
 
     def mlp_working_set(self, layout: Layout, precision: Precision, layer: int) -> float:
         """Returns the larger of two states: tokens on their way to experts, and the backward pass of an expert.

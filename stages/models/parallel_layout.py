@@ -16,11 +16,27 @@ from pipeline.core.stage import Config
 
 Fusion = Literal["permute", "router", "cross_entropy", "bias_activation", "gradient_accumulation", "rope"]
 Split = Annotated[int, Range(1, 4096)]
+Module = Literal["layernorm", "moe_act", "mlp", "shared_experts"]
+WITHOUT_PRODUCTS: tuple[Module, ...] = ("layernorm", "moe_act")
+"""Modules whose recomputation costs no matrix product and no exchange."""
 
 LOSS_SLICE = 1024
 """Tokens of a slice of the loss: enough for matrix products at full speed on a GPU."""
 MOST_LOGITS = 2**22
 """Logits of a micro-batch on a rank that are computed at once: 16 MiB in fp32."""
+
+
+def deal(layers: int, chunks: int, loss: int = 1) -> tuple[int, ...]:
+    """Deals layers to the chunks of a pipeline as evenly as possible, the first ones getting one more.
+
+    The embedding, on the first one, counts as a layer, and the loss, on the last one, as `loss` layers. A number below
+    1 means that it is impossible.
+    """
+    each, more = divmod(layers + 1 + loss, chunks)
+    counts = [each + (number < more) for number in range(chunks)]
+    counts[0] -= 1
+    counts[-1] -= loss
+    return tuple(counts)
 
 
 class Layout(Config):
@@ -34,6 +50,9 @@ class Layout(Config):
     """pipeline-parallel ranks, which split the layers"""
     vpp: Split = Field(default=1)
     """model chunks per pipeline rank; above 1: interleaved 1F1B schedule"""
+    pp_layers: tuple[Annotated[int, Range(1, 1024)], ...] | None = Field(default=None, min_length=2, max_length=1024)
+    """layers of each chunk of the pipeline, pp x vpp in the order of the model; null: equally many, or, if that is not
+    possible, dealt with the embedding and the loss as a layer each"""
     cp: Split = Field(default=1)
     """context-parallel ranks, which split each sequence"""
     ep: Split = Field(default=1)
@@ -42,8 +61,11 @@ class Layout(Config):
     """tensor-parallel ranks of each expert; null: as tp"""
     dispatcher: Literal["alltoall", "flex"] = Field(default="alltoall")
     """how tokens are sent to their experts; flex: by DeepEP's kernels, only with GPUs"""
-    recompute: Literal["none", "layer"] = Field(default="none")
-    """layer: keep only the input of each layer, and recompute the rest in the backward pass"""
+    recompute: Literal["none", "selective", "layer"] = Field(default="none")
+    """what the backward pass computes again; layer: a layer from its input; selective: its recompute_modules"""
+    recompute_modules: tuple[Module, ...] | None = Field(default=None, min_length=1, max_length=4)
+    """modules that recompute = selective computes again; layernorm: a layer's two norms; moe_act: the experts' SwiGLU;
+    mlp: a dense SwiGLU; shared_experts: all of them; null: layernorm and moe_act, which cost no matrix product"""
     overlap_gradients: Flag | None = Field(default=None)
     """overlap the reduction of gradients with the backward pass; null: if there are GPUs"""
     overlap_weights: Flag = Field(default=False)
@@ -65,6 +87,19 @@ class Layout(Config):
     def split_experts(self) -> int:
         """Ranks that split each expert."""
         return self.etp or self.tp
+
+    def chunk_layers(self, layers: int) -> tuple[int, ...]:
+        """Returns the layers of each chunk of the pipeline, in the order of a model with so many layers.
+
+        Chunk n is on pipeline rank n modulo pp.
+        """
+        chunks = self.pp * self.vpp
+        return self.pp_layers or ((layers // chunks,) * chunks if layers % chunks == 0 else deal(layers, chunks))
+
+    @property
+    def recomputed(self) -> tuple[Module, ...]:
+        """The modules of a layer that are computed again, if not the whole layer is."""
+        return (self.recompute_modules or WITHOUT_PRODUCTS) if self.recompute == "selective" else ()
 
     @property
     def group_sizes(self) -> dict[str, int | None]:

@@ -20,7 +20,7 @@ from stages.mcore.throughput import UNFITTED_ERRORS, StepSetup, shape_of, step_t
 from stages.models.base import Rows, layers_in_bf16
 from stages.rl.config import DpoTrainConfig, RewardTrainConfig, RlPhase, RlTrainConfig, Sampling
 from stages.train.config import WORK_CHECKPOINTS
-from stages.train.estimate import checkpoint_size, fullest, layout_label
+from stages.train.estimate import checkpoint_size, fullest, layout_label, recomputed_flops
 
 AnyConfig = RlTrainConfig | DpoTrainConfig | RewardTrainConfig
 # Assumed core-seconds before the first step.
@@ -250,7 +250,7 @@ def estimate(
             gflop_per_token=config.model.flops_per_token(config.padded_vocab_size, row.length) / 1e9,
             state_bytes=states,
             activation_bytes=activations,
-            recomputes=layout.recompute == "layer",
+            recomputed=recomputed_flops(config, row.length),
             checkpoint_bytes=checkpoint.all,
             release_checkpoints=releases,
             work_checkpoints=work - 1,

@@ -360,9 +360,10 @@ class TrainerConfig(Config):
     @model_validator(mode="after")
     def _possible_layout(self) -> TrainerConfig:
         phase = self.phase
-        wrong = problem(phase.parallelism, self.model, self.padded_vocab_size, phase.micro_batch_counts, phase.packed)
+        layout, counts = phase.parallelism, phase.micro_batch_counts
+        wrong = problem(layout, self.model, self.padded_vocab_size, counts, phase.packed, phase.precision)
         if phase.adapter and not wrong:
-            wrong = phase.adapter.problem(phase.parallelism, phase.precision, self.model)
+            wrong = phase.adapter.problem(layout, phase.precision, self.model)
         if wrong:
             raise ValueError(wrong)
         return self

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from pipeline.core.stage import Accelerator, Estimate, Published, TrainingEstimate, TrainingTime
+from pipeline.core.stage import RECOMPUTED, Accelerator, Estimate, Published, TrainingEstimate, TrainingTime
 from stages.data.order.order_config import ROW_BYTES
 from stages.mcore.memory import (
     GRADIENT,
@@ -68,7 +68,7 @@ def estimate(config: TrainConfig) -> Estimate:
             gflop_per_token=per_token / 1e9,
             state_bytes=states,
             activation_bytes=activations,
-            recomputes=layout.recompute == "layer",
+            recomputed=recomputed_flops(config, phase.sequence_length),
             checkpoint_bytes=checkpoint.all,
             release_checkpoints=releases,
             work_checkpoints=work - 1,
@@ -99,6 +99,15 @@ def training_seconds(config: TrainConfig, gpu: Accelerator, shape: Shape) -> flo
             seconds += (last - first + 1) * step_time(shape, gpu, run).total
             first = last + 1
     return seconds
+
+
+def recomputed_flops(config: TrainerConfig, sequence_length: int) -> float:
+    """Returns the FLOPs of a step with those that the backward pass repeats, beside the model's."""
+    layout, model, vocabulary = config.phase.parallelism, config.model, config.padded_vocab_size
+    if layout.recompute == "layer":
+        return RECOMPUTED
+    # Forward again: two FLOPs a parameter.
+    return 1 + 2 * model.matrices_again(layout.recomputed) / model.flops_per_token(vocabulary, sequence_length)
 
 
 def trained_parameters(config: TrainerConfig) -> int:
@@ -217,8 +226,12 @@ def layout_label(layout: Layout) -> str:
     parts = [name + str(size) for name, size in sizes.items() if size > 1]
     if layout.split_experts != layout.tp:
         parts.insert(-1, f"ETP{layout.split_experts}")
+    if layout.pp_layers:
+        parts.append("uneven")
     if layout.recompute == "layer":
         parts.append("recompute")
+    if layout.recompute == "selective":
+        parts.append("selective" + (f"({'+'.join(layout.recompute_modules)})" if layout.recompute_modules else ""))
     if layout.dispatcher == "flex":
         parts.append("flex")
     if layout.cuda_graphs:

@@ -40,6 +40,7 @@ FP8 = [precision for precision in BOUNDS if "fp8" in precision]
 LAYOUTS = {
     **{name: layout for name, layout in layout_fixtures.TWO.items() if name != "CP2"},
     "DP2, recomputed": {"recompute": "layer"},
+    "DP2, norms and activations recomputed": {"recompute": "selective"},
 }
 PACKED_LAYOUTS = {name: layout_fixtures.TWO[name] for name in ("TP2+SP", "EP2", "CP2")}
 

@@ -59,7 +59,7 @@ def test_the_search_finds_what_trying_all_layouts_finds() -> None:
     assert accelerator is not None
     fastest = 0.0
     for tp, pp, ep, etp, rows, recompute, vpp in itertools.product(
-        (1, 2, 4), (1, 2, 4), (1, 2, 4), (None, 1), (1, 2, 4, 8), ("none", "layer"), (1, 5, 10)
+        (1, 2, 4), (1, 2, 4), (1, 2, 4), (None, 1), (1, 2, 4, 8), ("none", "selective", "layer"), (1, 5, 10)
     ):
         body["phase"]["parallelism"] = {
             "ranks": 4, "tp": tp, "pp": pp, "ep": ep, "etp": etp, "recompute": recompute, "vpp": vpp,

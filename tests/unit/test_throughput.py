@@ -9,6 +9,7 @@ import pytest
 
 from pipeline.core.stage import RECOMPUTED, Accelerator
 from stages.mcore.throughput import (
+    Again,
     Constants,
     LayerShape,
     Shape,
@@ -68,6 +69,21 @@ def test_a_sparse_step_by_hand() -> None:
     assert time.weights == pytest.approx((1200 + 3200 / 4) * 12 / 100)
     assert time.launches == pytest.approx(4 * (80 + 40 + 2 * 6) * 0.1)
     assert time.experts == pytest.approx(4 * 4 * (2 * 10 * 8) * 2 * (3 / 4) / 50 / 0.5)
+
+
+def test_what_is_computed_again_by_hand() -> None:
+    """A third of what passing 30 of the kept bytes costs, and of the products of 100 parameters."""
+    shape = replace(SPARSE, again={"layernorm": Again(0, 30), "shared_experts": Again(100, 0)})
+    plain, norms, experts = (
+        step_time(shape, GPU, run(ranks=4, ep=4, **layout), PLAIN)
+        for layout in (
+            {},
+            {"recompute": "selective", "recompute_modules": ("layernorm",)},
+            {"recompute": "selective", "recompute_modules": ("shared_experts",)},
+        )
+    )
+    assert norms == replace(plain, between=pytest.approx(plain.between + 8 * 30 * 2 / 3 / 100))
+    assert experts == replace(plain, products=pytest.approx(plain.products + 2 * 8 * 100 / 500))
 
 
 def test_a_gpu_waits_for_its_host() -> None:
@@ -137,10 +153,13 @@ def test_the_bubble_is_exact(pp: int, vpp: int) -> None:
 
 
 def test_the_fullest_stage_decides() -> None:
-    """Of 5 layers a pipeline of 2 has 3 on one stage; balanced ranks share the head."""
+    """Of 5 layers a pipeline of 2 has 3 on one stage, the first one unless stated; balanced ranks share the head."""
     five = replace(DENSE, layers=(replace(DENSE.layers[0], layers=5),))
     two = run(ranks=2, pp=2)
-    assert step_time(five, GPU, two, PLAIN).products == pytest.approx(6 * 8 * (3 * 300 + 200) / 500)
+    assert step_time(five, GPU, two, PLAIN).products == pytest.approx(6 * 8 * 3 * 300 / 500)
+    turned = run(ranks=2, pp=2, pp_layers=(2, 3))
+    assert step_time(five, GPU, turned, PLAIN).products == pytest.approx(6 * 8 * (3 * 300 + 200) / 500)
+    assert step_time(five, GPU, two, PLAIN).bubble < step_time(five, GPU, turned, PLAIN).bubble
     shared = step_time(five, GPU, replace(two, balanced=True), PLAIN)
     assert shared.products == pytest.approx(6 * 8 * (3 * 300 + 100) / 500)
 
@@ -192,6 +211,7 @@ def test_tensor_ranks_on_two_nodes_and_recomputation_are_slower() -> None:
     assert seconds(8, ranks=16, tp=16) > seconds(8, ranks=8, tp=8)
     assert seconds(2, ranks=16, ep=16) > seconds(2, ranks=16, ep=16, dispatcher="flex") > seconds(2, ranks=16, ep=8)
     assert 1.2 < seconds(2, ranks=16, ep=8, recompute="layer") / seconds(2, ranks=16, ep=8) < RECOMPUTED
+    assert 1 < seconds(2, ranks=16, ep=8, recompute="selective") / seconds(2, ranks=16, ep=8) < 1.1
 
 
 def test_fp8_is_slower_for_narrow_experts_on_h100_and_faster_for_wide_ones() -> None:

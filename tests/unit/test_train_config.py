@@ -68,12 +68,16 @@ def test_model(change: dict, sentence: str) -> None:
         ({"ranks": 3, "tp": 3}, "parallelism.tp = 3 does not divide heads = 4; nearest: 2 or 4"),
         ({"ranks": 4, "tp": 4}, "parallelism.tp = 4 does not divide kv_heads = 2; nearest: 2"),
         ({"ranks": 3, "ep": 3}, "parallelism.ep = 3 does not divide experts = 4; nearest: 2 or 4"),
-        ({"ranks": 4, "pp": 4}, "parallelism.pp = 4 with vpp = 1 cannot deal layers = 2 evenly"),
+        ({"ranks": 4, "pp": 4}, "parallelism.pp = 4 with vpp = 1 leaves a chunk without any of layers = 2"),
+        ({"ranks": 2, "pp": 2, "pp_layers": [1, 2]}, "pp_layers has 2 numbers and the sum 3, not one for each of pp x vpp = 2"),
+        ({"ranks": 2, "pp_layers": [1, 1]}, "pp_layers has 2 numbers and the sum 2, not one for each of pp x vpp = 1 chunks"),
         ({"ranks": 3, "pp": 2}, "parallelism.ranks = 3 is not a multiple of tp x pp x cp = 2; nearest: 2 or 4"),
         ({"ranks": 3, "ep": 2}, "parallelism.ranks = 3 is not a multiple of etp x ep x pp = 2"),
         ({"ranks": 4}, "parallelism.ranks = 4 makes 4 data-parallel ranks, which cannot share the 2 micro-batches of a step"),
         ({"ranks": 2, "tp": 2, "etp": 1}, "parallelism.etp = 1 with tp = 2 and ep = 1 would train wrongly"),
         ({"ranks": 2, "etp": 2}, "parallelism.etp = 2 with tp = 1 and ep = 1 would train wrongly"),
+        ({"recompute_modules": ["layernorm"]}, "parallelism.recompute_modules needs recompute = selective"),
+        ({"recompute": "selective", "recompute_modules": ["mlp"]}, "recompute_modules = mlp names a part that no layer of"),
         ({"vpp": 2}, "parallelism.vpp = 2 interleaves pipeline ranks, and pp = 1 has none"),
         ({"ranks": 0}, "Input should be greater than or equal to 1"),
     ],
@@ -82,6 +86,12 @@ def test_layouts_that_cannot_work(layout: dict, sentence: str) -> None:
     with pytest.raises(ValidationError) as caught:
         TrainConfig.model_validate(train_fixtures.config(parallelism=layout))
     assert sentence in str(caught.value)
+
+
+def test_selective_recomputation_needs_tensors_of_16_bits() -> None:
+    settings = train_fixtures.config(precision="fp8-blockwise", parallelism={"recompute": "selective"})
+    with pytest.raises(ValidationError, match=r"recompute = selective is not possible with precision = fp8-blockwise"):
+        TrainConfig.model_validate(settings)
 
 
 def test_an_interleaved_pipeline_takes_micro_batches_by_groups() -> None:

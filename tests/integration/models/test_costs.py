@@ -51,7 +51,7 @@ LAYOUTS = st.builds(
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(extra=EXTRAS, layout=LAYOUTS, data=st.data())
 def test_parameters_of_a_rank_are_those_that_megatron_builds(extra: dict[str, Any], layout: Layout, data: Any) -> None:
-    model = parse({**MODEL, **extra})
+    model = parse({**MODEL, **extra, "layers": data.draw(st.sampled_from([4, 5, 7]))})
     if layout.data == 0 or problem(layout, model, VOCAB, [32 * layout.data]):
         return
     place, part = fake_rank_fixtures.part(model, VOCAB, layout, data.draw(st.integers(0, layout.ranks - 1)), "bf16")
@@ -60,6 +60,16 @@ def test_parameters_of_a_rank_are_those_that_megatron_builds(extra: dict[str, An
     assert (part.trained, experts) == (expected.all, expected.experts)
     layers = {int(name.split(".")[2]) for name in part.shapes if name.startswith("decoder.layers.")}
     assert layers == {layer for chunk in layers_of(model, layout, place.pipeline) for layer in chunk}
+
+
+def test_layers_of_an_uneven_pipeline() -> None:
+    """By hand: embedding and loss count as a layer, and the first chunks get what is left over."""
+    assert Layout(pp=16).chunk_layers(94) == (5, *[6] * 14, 5)
+    assert Layout(pp=4).chunk_layers(94) == (23, 24, 24, 23)
+    assert Layout(pp=2).chunk_layers(94) == (47, 47) and Layout(pp=2).chunk_layers(5) == (3, 2)
+    model, layout = Qwen3MoeConfig(**MODEL), Layout(ranks=2, pp=2, vpp=2, pp_layers=(1, 1, 1, 2))
+    model = model.model_copy(update={"layers": 5})
+    assert [layers_of(model, layout, rank) for rank in (0, 1)] == [[[0], [2]], [[1], [3, 4]]]
 
 
 def test_one_rank_holds_the_model() -> None:
@@ -141,7 +151,7 @@ def _saved_by_autograd(
     lora: Lora | None = None,
 ) -> int:
     """Bytes of all distinct tensors that a forward pass saves, without weights."""
-    saved: dict[int, tuple[int, torch.Tensor]] = {}
+    saved: dict[int, torch.Tensor] = {}
     with parallel.session(0), _gpu_like(monkeypatch):
         (gpt,) = build(model, VOCAB, layout, precision, packed=rows.packed)
         for parameter in gpt.parameters():
@@ -154,14 +164,15 @@ def _saved_by_autograd(
         def pack(tensor: torch.Tensor) -> torch.Tensor:
             storage = tensor.untyped_storage()
             if storage.data_ptr() not in weights:
-                saved[storage.data_ptr()] = (storage.nbytes(), tensor)  # kept, so that no address is used again
+                saved[storage.data_ptr()] = tensor  # kept, so that no address is used again
             return tensor
 
         ids = torch.randint(VOCAB, (rows.rows, rows.length), generator=torch.Generator().manual_seed(0))
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             net(ids, torch.arange(rows.length).expand_as(ids), torch.zeros_like(ids) if rows.packed else None,
                 labels=ids, padding_mask=torch.zeros_like(ids, dtype=torch.bool))  # fmt: skip
-    measured = sum(size for size, _ in saved.values())
+    # Of what is computed again, nothing is left after the forward pass.
+    measured = sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
     saved.clear()  # the graph holds what packs its tensors, and that held the graph
     return measured
 
@@ -203,7 +214,7 @@ def test_ranks_share_the_sums() -> None:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("recompute", ["none", "layer"])
+@pytest.mark.parametrize("recompute", ["none", "selective", "layer"])
 @pytest.mark.parametrize(
     "extra",
     [{}, {"dense_layers": 1, "intermediate_size": 96}, GLM],
@@ -214,6 +225,8 @@ def test_activations_are_what_autograd_saves(
 ) -> None:
     """Bytes of all distinct tensors that one forward pass keeps, with the kernels that packed rows have everywhere."""
     model, rows, layout = parse({**MODEL, **extra}), Rows(2, 512, packed=True), Layout(recompute=recompute)
+    if recompute == "selective" and extra is GLM:
+        layout = layout.model_copy(update={"recompute_modules": ("layernorm", "moe_act", "mlp", "shared_experts")})
     measured = _saved_by_autograd(model, rows, layout, precision, monkeypatch)
     tokens, element = rows.rows * rows.length, 4 if precision == "fp32" else 2
     predicted = Activations(model, VOCAB, layout, precision, rows, 1, 0).saved()
@@ -223,8 +236,31 @@ def test_activations_are_what_autograd_saves(
         predicted -= tokens * 8 * model.rotary_dim * rows.packed
     elif precision == "bf16":  # on CPU attention goes by slices, which GPUs do in fp32
         predicted += masks
-    # ids, labels and the like are some bytes a token, whatever the model's size
-    assert measured == pytest.approx(predicted, rel=0.01, abs=64 * tokens)
+    # ids, labels, maps of tokens to experts and the like are some bytes a token, in any precision
+    assert measured == pytest.approx(predicted, rel=0.01, abs=400 * tokens)
+
+
+def test_modules_that_are_computed_again_by_hand() -> None:
+    """What each saves in a token's two layers, and that it is there again in the layer at work; products of two."""
+    glm = {"layers": 2, "n_shared_experts": 1, "partial_rotary_factor": 0.5, **GLM}
+    model, rows = parse({**MODEL, **glm}), Rows(1, 512)
+
+    def activations(**layout: Any) -> Activations:
+        return Activations(model, VOCAB, Layout(**layout), "bf16", rows, 1, 0)
+
+    plain, inner, hidden = activations(), 384, 64
+    for module, bytes_, matrices in (
+        ("layernorm", 2 * 2 * 2 * hidden, 0),
+        ("moe_act", 4 * 2 * inner * 2, 0),
+        ("mlp", 5 * 2 * inner, 3 * hidden * inner),
+        ("shared_experts", 5 * 2 * inner, 3 * hidden * inner),
+    ):
+        again = activations(recompute="selective", recompute_modules=(module,))
+        assert plain.saved() - again.saved() == 512 * bytes_
+        assert plain.peak() - again.peak() <= 512 * bytes_
+        assert model.matrices_again([module]) == matrices
+    both = activations(recompute="selective", recompute_modules=("layernorm", "moe_act"))
+    assert both.saved() == activations(recompute="selective").saved()
 
 
 def test_parallel_ranks_share_activations() -> None:
@@ -325,6 +361,24 @@ def test_estimate_of_a_phase() -> None:
     assert phase_estimate.cpu_seconds is None  # calibrated in fp32 only
     rows = sum(config.phase.rows_of(step) for step in range(1, config.phase.steps + 1))
     assert (t.order_rows, t.data_bytes) == (rows, 2 * config.phase.tokens() + 27 * rows)
+
+
+def test_flops_of_recomputation() -> None:
+    """A forward pass of what is computed again, beside three passes of the model."""
+
+    def factor(**layout: Any) -> float:
+        settings = train_fixtures.config(parallelism=layout)
+        settings["model"] |= {"dense_layers": 1, "intermediate_size": 32}
+        training = estimate(TrainConfig.model_validate(settings)).training
+        assert training is not None
+        return training.recomputed
+
+    settings = train_fixtures.config()
+    model = parse({**settings["model"], "dense_layers": 1, "intermediate_size": 32})
+    flops = model.flops_per_token(settings["padded_vocab_size"], settings["phase"]["sequence_length"])
+    assert factor() == factor(recompute="selective") == 1 and factor(recompute="layer") == pytest.approx(4 / 3)
+    mlp = factor(recompute="selective", recompute_modules=["mlp"])
+    assert mlp == pytest.approx(1 + 2 * 3 * model.hidden_size * 32 / flops)
 
 
 @pytest.mark.parametrize(("every", "start", "count"), [(4, None, 4), (5, None, 4), (4, "pretrain@4", 2), (20, None, 2)])

@@ -42,6 +42,8 @@ MORE_REAL: dict[str, dict[str, Any]] = {
 }
 MEMORY: dict[str, dict[str, Any]] = {
     "EP4": {"ranks": 4, "ep": 4},
+    "EP4 selective": {"ranks": 4, "ep": 4, "recompute": "selective"},
+    "PP2 uneven": {"ranks": 2, "pp": 2, "pp_layers": [1, 2]},
     "TP2 EP4 ETP1 PP2 overlap": {
         "ranks": 16, "tp": 2, "pp": 2, "ep": 4, "etp": 1, "overlap_gradients": True,
     },
@@ -98,7 +100,8 @@ def test_memory_is_planned(name: str) -> None:
     from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
     with mock.patch.object(MoEAuxLossAutoScaler, "main_loss_backward_scale", None):
-        require_planned_memory(simulate_large(MEMORY[name]))
+        layers = sum(MEMORY[name].get("pp_layers", [2]))
+        require_planned_memory(simulate_large(MEMORY[name], layers=layers))
         assert MoEAuxLossAutoScaler.main_loss_backward_scale is None
 
 

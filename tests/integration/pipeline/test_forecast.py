@@ -33,7 +33,7 @@ def rows_by_hand() -> list[plan.StagePlan]:
     node = dag.compose(recipes.load("atom-30b-a3b"), Store(Path("none")), without_data=True).nodes["pretrain"]
     known = replace(node.stage.estimate(node.config), flops=3.6e21)
     assert known.training is not None
-    phase, recomputed = (replace(known, training=replace(known.training, recomputes=x)) for x in (False, True))
+    phase, recomputed = (replace(known, training=replace(known.training, recomputed=x)) for x in (1, RECOMPUTED))
 
     def row(
         name: str, estimate: Estimate, ranks: int = 1, trains: bool = False, sealed: bool = False
@@ -79,7 +79,7 @@ def test_hours_money_and_energy_by_hand(tmp_path: Path) -> None:
     energy = 16 + 0.7e3 * gpu_hours
     assert estimate.total == Use("all", *map(pytest.approx, (hours, gpu_hours, 2, cost, energy)))
     assert estimate.assumed[0] == (
-        "assumed: G at 0.25 of 1000 TFLOP/s in bf16, a third more FLOPs where layers are computed again; a guess"
+        "assumed: G at 0.25 of 1000 TFLOP/s in bf16, up to 33% more FLOPs where the backward pass computes again; a guess"
     )
 
 
@@ -118,8 +118,8 @@ def test_plan_for_a_cluster(tmp_path: Path) -> None:
     assert body == json.loads(atom(tmp_path, *command, "--json").stdout)
     pretrain = next(stage for stage in section["stages"] if stage["name"] == "pretrain")
     flops = next(stage for stage in body["stages"] if stage["name"] == "pretrain")["flops"]
-    # Its layers are computed again, a third more FLOPs.
-    assert pretrain["gpu_hours"] == pytest.approx(RECOMPUTED * flops / 2.5e14 / 3600)
+    # What it computes again costs no matrix product.
+    assert pretrain["gpu_hours"] == pytest.approx(flops / 2.5e14 / 3600)
     assert pretrain["gpu_hours"] == pytest.approx(256 * pretrain["hours"])
     (beyond,) = section["beyond"]
     hours = f"{pretrain['gpu_hours']:,.2f}"
@@ -136,8 +136,8 @@ def test_plan_for_a_cluster(tmp_path: Path) -> None:
 
 
 def test_gpu_hours_of_published_runs() -> None:
-    """DeepSeek-V3 took less than the model says, SmolLM3 in nanotron more."""
-    assert bench.hours_errors() == pytest.approx([0.22, -0.32], abs=0.02)
+    """DeepSeek-V3 took about what the model says, SmolLM3 in nanotron more."""
+    assert bench.hours_errors() == pytest.approx([0.02, -0.32], abs=0.02)
 
 
 def test_without_a_measured_rate_the_model_gives_the_time(tmp_path: Path) -> None:
@@ -155,7 +155,7 @@ def test_without_a_measured_rate_the_model_gives_the_time(tmp_path: Path) -> Non
     assert gpu is not None and phase.batch.ramp
     seconds = 0.0
     for first, last, tokens in ((1, 16_000, 4 << 20), (16_001, 480_000, 8 << 20)):
-        run = StepSetup(phase.parallelism, "bf16", Rows(4, 4096), tokens // 4096 // 4 // 256)
+        run = StepSetup(phase.parallelism, "bf16", Rows(2, 4096), tokens // 4096 // 2 // 128)
         seconds += (last - first + 1) * step_time(shape, gpu, run).total
     (use,) = estimate.uses
     assert (use.hours, use.gpu_hours) == (pytest.approx(seconds / 3600), pytest.approx(256 * seconds / 3600))
@@ -169,11 +169,9 @@ def test_without_a_measured_rate_the_model_gives_the_time(tmp_path: Path) -> Non
     rate = profile.gpu.bf16.model_copy(update={"utilization": 0.25})
     gpu_section = profile.gpu.model_copy(update={"bf16": rate, "source": "our run"})
     measured = estimate_costs([pretrain], profile.model_copy(update={"gpu": gpu_section}), small=False)
-    flops = RECOMPUTED * pretrain.estimate.flops  # type: ignore[operator]
-    assert measured.total.gpu_hours == pytest.approx(flops / 989e12 / 0.25 / 3600)
-    assert measured.assumed[0] == (
-        "assumed: H100 SXM at 0.25 of 989 TFLOP/s in bf16, a third more FLOPs where layers are computed again; our run"
-    )
+    flops = pretrain.estimate.flops
+    assert flops is not None and measured.total.gpu_hours == pytest.approx(flops / 989e12 / 0.25 / 3600)
+    assert measured.assumed[0] == "assumed: H100 SXM at 0.25 of 989 TFLOP/s in bf16; our run"
 
 
 @pytest.mark.parametrize(

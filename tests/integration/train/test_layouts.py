@@ -36,7 +36,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 BALANCED: dict[int, dict[str, dict]] = {
-    2: {"DP2": {}},
+    2: {"DP2": {}, "TP2, selective": {"tp": 2, "recompute": "selective"}},
     4: {"EP2xDP2, recomputed": {"ep": 2, "recompute": "layer"}, "TP2xCP2": {"tp": 2, "cp": 2}},
 }
 """Layouts that also train with the balance loss over a step, by number of ranks."""
@@ -145,6 +145,24 @@ def test_every_feature_trains_alike_in_every_layout(corpus: Path, tmp_path: Path
             layout_fixtures.agree(steps, one, tolerance, name)
 
 
+@pytest.mark.parametrize("pack", [False, True], ids=["plain", "packed"])
+def test_modules_that_are_computed_again_train_alike(corpus: Path, tmp_path: Path, pack: bool) -> None:
+    """All that there are: a layer with a dense SwiGLU, others with experts and a shared one. The gradients of a tensor that
+    several modules read may be added in another order."""
+    settings = layout_fixtures.settings_of({}, 1, pack=pack)
+    settings["model"] = {**train_fixtures.SIGMOID, "layers": 3, "dense_layers": 1, "intermediate_size": 32}
+    place = corpus
+    if pack:
+        train_fixtures.make(tmp_path / "corpus", {"batch": layout_fixtures.BATCH})
+        train_fixtures.pack(tmp_path / "corpus", settings["phase"])
+        place = tmp_path / "corpus" / "packed"
+    modules = ["layernorm", "moe_act", "mlp", "shared_experts"]
+    runs = {"kept": {}, "again": {"recompute": "selective", "recompute_modules": modules}}
+    curves = layout_fixtures.compare(place, runs, 1, settings, tmp_path / "out.json")
+    layout_fixtures.agree(curves["again"], curves["kept"], TOLERANCE, "again")
+    assert curves["again"][0]["loss"] == curves["kept"][0]["loss"] > curves["kept"][4]["loss"]
+
+
 PAIRS = [("EP2", "one"), ("TP2+SP", "PP2")] if SOAK else [("TP2+SP", "PP2")]
 """Of all, which `make soak PART=checkpoints` runs."""
 
@@ -170,6 +188,42 @@ def test_a_work_checkpoint_goes_on_in_another_layout(
     assert layout_fixtures.figures(tmp_path / "out") == pytest.approx(
         layout_fixtures.figures(undisturbed), rel=TOLERANCE
     )
+
+
+UNEVEN: dict[str, dict] = {
+    "dealt": {"pp": 2},
+    "few at first": {"pp": 2, "pp_layers": [1, 4]},
+    "interleaved": {"pp": 2, "vpp": 2, "pp_layers": [1, 2, 1, 1]},
+}
+
+
+@pytest.mark.numeric
+def test_stages_of_unequally_many_layers_train_like_one_process(corpus: Path, tmp_path: Path) -> None:
+    """Of five layers."""
+    settings = layout_fixtures.settings_of({}, 1)
+    settings["model"] = {**settings["model"], "layers": 5}
+    one = layout_fixtures.compare(corpus, {"one": {}}, 1, settings, tmp_path / "one.json")["one"]
+    for name, steps in layout_fixtures.compare(corpus, UNEVEN, 2, settings, tmp_path / "two.json").items():
+        layout_fixtures.agree(steps, one, TOLERANCE, name)
+
+
+def test_a_work_checkpoint_goes_on_with_other_layers_on_a_stage(corpus: Path, tmp_path: Path) -> None:
+    """Stages of three and two layers, then of one and four, then one process, as if undisturbed."""
+
+    def settings_in(layout: dict, ranks: int) -> dict:
+        settings = layout_fixtures.settings_of(layout, ranks)
+        return {**settings, "model": {**settings["model"], "layers": 5}}
+
+    layout_fixtures.run(corpus, tmp_path / "calm", settings_in({}, 1))
+    for layout, at in (("dealt", 5), ("few at first", 8)):
+        settings = settings_in(UNEVEN[layout], 2)
+        ranks = layout_fixtures.start(corpus, tmp_path / "moved", settings, at=at, number=signal.SIGTERM)
+        codes, logs = layout_fixtures.end(ranks)
+        assert all(codes) and f"stopped after step {at}" in logs[0], logs
+    logs = layout_fixtures.run(corpus, tmp_path / "moved", settings_in({}, 1))
+    assert "going on after step 8" in logs[0]
+    outs = (layout_fixtures.figures(tmp_path / name / "out") for name in ("moved", "calm"))
+    assert next(outs) == pytest.approx(next(outs), rel=TOLERANCE)
 
 
 @at_length("training", 20)
