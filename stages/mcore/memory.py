@@ -318,7 +318,7 @@ class Activations:
         tensors = model.layer_activations(layout, precision, self.rows, layer, self.fused)
         saved, working = sum(tensors.values()), model.layer_working_set(layout, precision, self.rows, layer)
         if layout.recompute == "layer":
-            kept = self.size * model.hidden_size
+            kept = float(self.size * model.hidden_size)
         else:
             # In the backward pass the modules of one layer are there again.
             kept = saved - sum(tensors[name] for name in model.recomputed(layout.recomputed, layer))

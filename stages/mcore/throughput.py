@@ -286,12 +286,12 @@ def _micro_batch(shape: Shape, gpu: Accelerator, run: StepSetup, c: Constants) -
         "experts": shape.sparse * 4 * send,
     }
     if layout.recompute == "layer":  # forward again: a gather and a scatter, there and back
-        again = {"weights": 1.0, "tensor": 7 / 5, "experts": 6 / 4}
-        times = {name: seconds * again.get(name, RECOMPUTED) for name, seconds in times.items()}
+        factors = {"weights": 1.0, "tensor": 7 / 5, "experts": 6 / 4}
+        times = {name: seconds * factors.get(name, RECOMPUTED) for name, seconds in times.items()}
     for module in layout.recomputed:
-        part = shape.again[module]
-        times["products"] += FLOPS / 3 * tokens * part.dense / rate
-        times["between"] += tokens * part.saved * c.passes / 3 / gpu.memory
+        again = shape.again[module]
+        times["products"] += FLOPS / 3 * tokens * again.dense / rate
+        times["between"] += tokens * again.saved * c.passes / 3 / gpu.memory
         if module == "mlp":  # a gather and a scatter
             times["tensor"] += (shape.depth - shape.sparse) * 2 * gather
     if run.hides_experts:
