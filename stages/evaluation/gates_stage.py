@@ -24,7 +24,7 @@ from stages.formats.table import stream_rows, write_json
 
 NAME, VERSION = "gates", 1
 # Seconds: a handful of small files is read.
-CPU_SECONDS = 5.0
+ESTIMATE = Estimate(cpu_seconds=5.0, memory_bytes=300_000_000)
 POSITIONS = "positions.parquet"
 POSITION_COLUMNS = ["source", "first", "last", "tokens", "nll_bits"]
 
@@ -109,4 +109,4 @@ def _measurements(config: GatesConfig, inputs: Inputs) -> Measurements:
     )
 
 
-STAGE = Stage(NAME, VERSION, GatesConfig, run, estimate=lambda config: Estimate(cpu_seconds=CPU_SECONDS))
+STAGE = Stage(NAME, VERSION, GatesConfig, run, estimate=lambda config: ESTIMATE)

@@ -368,7 +368,7 @@ def test_flops_of_recomputation() -> None:
 
     def factor(**layout: Any) -> float:
         settings = train_fixtures.config(parallelism=layout)
-        settings["model"] |= {"dense_layers": 1, "intermediate_size": 32}
+        settings["model"] = settings["model"] | {"dense_layers": 1, "intermediate_size": 32}
         training = estimate(TrainConfig.model_validate(settings)).training
         assert training is not None
         return training.recomputed

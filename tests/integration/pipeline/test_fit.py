@@ -161,8 +161,10 @@ def test_every_stage_of_a_packaged_recipe_fits_each_packaged_cluster(recipe: str
 
 @pytest.mark.parametrize("recipe", ["atom-30b-a3b", "atom-235b-a22b"])
 def test_a_recipe_in_nvfp4_fits_blackwell_alone(recipe: str, tmp_path: Path) -> None:
-    """Servers of evaluation spread a model over the four GPUs of a node."""
-    rows = planned(recipe, tmp_path, pretrain={"precision": "nvfp4"}, kind="vllm", gpus=4)
+    """Servers of evaluation spread a model over the four GPUs of a node. FP4 has no selective recomputation."""
+    own = yaml.safe_load((ROOT / f"pipeline/recipes/{recipe}.yaml").read_text())["pretrain"]["parallelism"]
+    settings = {"precision": "nvfp4", "parallelism": own | {"recompute": "layer"}}
+    rows = planned(recipe, tmp_path, pretrain=settings, kind="vllm", gpus=4)
     assert misfits(rows, cluster_profile.load("gb200-pyxis")) == {}
     refused = misfits(rows, cluster_profile.load("h100-pyxis"))
     assert refused["pretrain"] == ("it trains in nvfp4, and H100 SXM has no FP4 (gpu.fp4)",)
