@@ -8,7 +8,8 @@ has the sizes. All widths have one rate: the smallest of those whose held-out lo
 over widths, is the least or about the least. To all runs of the ladder a law L = E + A/N^alpha + B/D^beta is fitted
 (`atom ladder`), one for the held-out loss and one for bits per byte; its bands of 90 % are for one further run, so they
 include the noise of seeds. What the laws say of the target is written to forecast.json, which is not written once a run
-of the target has begun. Then the target is run and compared.
+of the target has begun. Then the target is run and compared, and with its runs a forecast of `next` is sealed in
+next.json; a ladder whose target is `next` would have to run it.
 
 Runs are sealed in the home: a run that was stopped goes on. The last line is one JSON object; its ratio is the measured
 bits per byte of the target divided by those forecast.
@@ -46,7 +47,7 @@ FIGURES = {
 }
 # Nats by which two rates may differ and count as equal: half the standard deviation of seeds.
 TIE = 0.01
-SUMMARY, FORECAST = "ladder.json", "forecast.json"
+SUMMARY, FORECAST, NEXT = "ladder.json", "forecast.json", "next.json"
 STEPS = ("run", "seal", "compare")
 
 
@@ -187,13 +188,15 @@ def forecasts(points: Mapping[Run, Mapping[str, float]], at: Mapping[str, float]
     return rows
 
 
-def seal(experiment: Experiment, points: Mapping[Run, Mapping[str, float]], targets: Sequence[Run]) -> dict[str, Any]:
-    """Writes the forecast of the target, or returns the one that was written before its runs.
+def seal(
+    experiment: Experiment, points: Mapping[Run, Mapping[str, float]], targets: Sequence[Run], name: str = FORECAST
+) -> dict[str, Any]:
+    """Writes the forecast of a target, or returns the one that was written before its runs.
 
     Raises:
         SystemExit: If the target has begun without a forecast, or the forecast is one of other runs.
     """
-    file = experiment.home / FORECAST
+    file = experiment.home / name
     names = [run.name for run in points], [run.name for run in targets]
     if file.exists():
         body: dict[str, Any] = json.loads(file.read_text())
@@ -213,6 +216,18 @@ def seal(experiment: Experiment, points: Mapping[Run, Mapping[str, float]], targ
     }
     atomic_files.write(file, json.dumps(body, indent=1, sort_keys=True, allow_nan=False) + "\n")
     return body
+
+
+def targets_of(target: Mapping[str, Any], rate: float) -> list[Run]:
+    """Returns the runs of a target, which is not tuned."""
+    return [Run(target["width"], target["tokens"], rate, seed) for seed in target["seeds"]]
+
+
+def show(sealed: Mapping[str, Any]) -> None:
+    for figure, band in sealed["forecasts"].items():
+        print(
+            f"forecast of {FIGURES[figure]}: {band['value']:.4f} ({band['low']:.4f} to {band['high']:.4f})", flush=True
+        )
 
 
 def main() -> int:
@@ -252,14 +267,9 @@ def compare(experiment: Experiment, jobs: int, until: str) -> int:
     if until == "run":
         return 0
 
-    # The target is not tuned.
-    target = plan["target"]
-    targets = [Run(target["width"], target["tokens"], rate, seed) for seed in target["seeds"]]
+    targets = targets_of(plan["target"], rate)
     sealed = seal(experiment, points, targets)
-    for figure, band in sealed["forecasts"].items():
-        print(
-            f"forecast of {FIGURES[figure]}: {band['value']:.4f} ({band['low']:.4f} to {band['high']:.4f})", flush=True
-        )
+    show(sealed)
     if until == "seal":
         return 0
 
@@ -273,6 +283,8 @@ def compare(experiment: Experiment, jobs: int, until: str) -> int:
         print(f"{FIGURES[figure]}: {shown}; {inside} of {len(values)} inside the band")
         ratios[figure] = [value / band["value"] for value in values]
     atomic_files.write(experiment.home / SUMMARY, json.dumps({**sealed, **report}, indent=1, sort_keys=True) + "\n")
+    print("next:")
+    show(seal(experiment, {**points, **measured}, targets_of(plan["next"], rate), NEXT))
     bits = ratios["bits"]
     result = {"ratio": statistics.fmean(bits), "low": min(bits), "high": max(bits), "target": 1.0, "unit": "x"}
     print(json.dumps({"name": "ladder", **result, "machine": f"{platform.machine()}, {os.cpu_count()} CPUs"}))
