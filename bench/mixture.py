@@ -35,7 +35,7 @@ from pipeline.graph import recipe as recipes
 from release.prediction import mixtures
 
 ROOT = Path(__file__).resolve().parent.parent
-LOCKS = ("debian", "pypi")
+LOCKS = {"debian": ROOT / "bench/debian_part.lock.yaml", "pypi": ROOT / "data_recipes/pypi.lock.yaml"}
 
 
 class Experiment:
@@ -58,22 +58,19 @@ class Experiment:
         return self.folder / f"{name}.yaml"
 
     def fetch(self, corpus: Path) -> None:
-        """Writes the data recipe and its lock files, and fetches the packages that are missing."""
-        for lock in LOCKS:
-            packages = yaml.safe_load((ROOT / f"data_recipes/{lock}.lock.yaml").read_text("utf-8"))["packages"]
-            chosen = [package for package in packages if lock == "pypi" or package["name"] in self.plan["debian"]]
-            file = self.write(f"{lock}.lock", {"packages": chosen})
-            command = [sys.executable, "-m", "stages.data.acquire.packages.fetch", "locked", str(file)]
-            subprocess.run([*command, str(corpus / lock)], cwd=ROOT, check=True)
+        """Fetches the packages that are missing, and writes the data recipe."""
+        for name, lock in LOCKS.items():
+            command = [sys.executable, "-m", "stages.data.acquire.packages.fetch", "locked", str(lock)]
+            subprocess.run([*command, str(corpus / name)], cwd=ROOT, check=True)
         body: dict[str, Any] = yaml.safe_load((ROOT / "data_recipes/packages.yaml").read_text("utf-8"))
         kept = (*self.plan["sources"], "sums", "worked")  # problems, which every evaluation asks
         body["sources"] = [source for source in body["sources"] if source["name"] in kept]
         body["heldout_fraction"] = self.plan["heldout_fraction"]
         for source in body["sources"]:
             if source["name"] in self.plan["sources"]:
-                lock = "pypi" if source["name"].startswith("python") else "debian"
+                name = "pypi" if source["name"].startswith("python") else "debian"
                 # A copy: sources share their reader in the file.
-                source["reader"] = {**source["reader"], "path": str(corpus / lock), "lock": f"{lock}.lock.yaml"}
+                source["reader"] = {**source["reader"], "path": str(corpus / name), "lock": str(LOCKS[name])}
                 source |= {"tree_digest": "auto", "parts": self.plan["parts"]}
                 source["expected"] = self.plan["expected"].get(source["name"], source["expected"])
         self.write("data", body)
