@@ -139,7 +139,7 @@ def write_recipe(folder: Path, documents: int, file_size: int) -> Path:
     body["tokenizer"] |= {"vocab_size": 8192, "padded_vocab_size": 8192}
     for section in ("sft", "rlvr"):
         del body[section]
-    del body["evaluation"]["chat"]
+    del body["evaluation"]["chat"], body["evaluation"]["waived_gates"]
     (folder / "recipe.yaml").write_text(yaml.safe_dump(body | {"name": "scale", "data": "data.yaml"}))
     return folder / "recipe.yaml"
 
