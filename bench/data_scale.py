@@ -184,7 +184,7 @@ def search_items(store: Store, graph: dag.Graph, mode: str) -> None:
     roles = ("dedup", "items", "order-pretrain", "order-midtrain")
     inputs = {role: store.open(graph.nodes[role].key) for role in roles}
     parts = {source.name: source.parts for source in graph.nodes["dedup"].config.sources}
-    config = contamination.ContaminationConfig(seed=0, parts=parts)
+    config = contamination.ContaminationConfig(parts=parts)
     work, out = store.home / "work" / SEARCH, store.home / "work" / f"{SEARCH}-out"
     for path in (work, out):
         path.mkdir(parents=True, exist_ok=True)

@@ -85,6 +85,7 @@ def _supply(section: SupplySection, source: SourceConfig, data: DataRecipe, aske
         lacks_probe=can_probe and (probe is None or bool(problem)),
         text=source.pipeline or source.kind,
         curation_core_hours=estimates.core_hours_per_billion(
-            probe.bytes_per_token if probe else source.bytes_per_token, sum(step.seconds_per_mb for step in source.steps)
+            probe.bytes_per_token if probe else source.bytes_per_token,
+            sum(step.seconds_per_mb for step in source.steps),
         ),
     )
