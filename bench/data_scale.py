@@ -1,7 +1,7 @@
 """How the data stages grow: memory, processor time and disk at growing corpora, fitted and held against limits.
 
     .venv/bin/python bench/data_scale.py               # 10,000 to 1,000,000 documents, some twelve minutes
-    .venv/bin/python bench/data_scale.py --quick       # 2,000 and 4,000 documents
+    .venv/bin/python bench/data_scale.py --quick       # 2,000 and 4,000 documents; its laws mean nothing
     .venv/bin/python bench/data_scale.py --full        # also 3,000,000, about half an hour
 
 A corpus is short documents of pseudo-words in JSON Lines files of 10,000 documents, each file a part, once of 500; one
