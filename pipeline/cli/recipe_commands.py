@@ -238,7 +238,7 @@ def plan(
     if supplies:
         console().print()
         console().print(supply_table(supplies))
-        for text in supply.origins(supplies):
+        for text in (*supply.origins(supplies), *supply.curation_costs(supplies)):
             print(_wrapped(text))
     if costs:
         console().print()

@@ -22,18 +22,19 @@ from typing import Any
 
 from pipeline.core.errors import AtomError, MachineError
 from pipeline.core.text import printable
+from pipeline.hub.limits import Slot
 
 PUBLIC_HUB = "https://huggingface.co"
 # Status codes after which a call is repeated.
 RETRIED_STATUSES = (429, 500, 502, 503, 504)
 # The number of attempts. Without Retry-After, the waits between them take half a minute together.
 ATTEMPTS = 6
-# The number of attempts if the Hub does not answer at all.
+# The number of attempts in a row if the Hub does not answer at all, or cuts its answer.
 UNREACHABLE_ATTEMPTS = 3
 # The number of files that are downloaded at the same time.
 DOWNLOADS = 8
-# The longest wait between two attempts.
-MAX_RETRY_SECONDS = 60.0
+# The longest wait between two attempts: all of them outlast the five minutes for which the Hub counts requests.
+MAX_RETRY_SECONDS = 61.0
 # The longest time without a byte; the client itself would wait for ever. A Hub may need some to process an upload.
 SILENT_SECONDS = 60.0
 
@@ -120,31 +121,58 @@ class RetryingClient:
 
         self._retrying(download_all)()
 
-    def read_range(self, repo: str, kind: str, commit: str, path: str, place: range, deadline: float) -> bytes:
-        """Returns a range of the bytes of a file of a commit; no others are requested.
+    def download(self, repo: str, kind: str, commit: str, path: str, size: int, folder: Path, slot: Slot) -> Path:
+        """Downloads a file of a commit into a folder, at the rates of a slot.
+
+        The client itself repeats a request that is throttled, and resumes an answer that is cut.
+        """
+
+        class Bar(load().utils.tqdm):  # type: ignore[misc]
+            """Is told of each chunk before the next one is read, so it can wait."""
+
+            def update(self, n: float | None = 1) -> bool | None:
+                slot.received(max(0, int(n or 0)))  # less than 0 if the client begins anew
+                return super().update(n)  # type: ignore[no-any-return]
+
+        def download() -> Any:
+            slot.request(2)  # for what the Hub says of the file, and for the file
+            return self.client.hf_hub_download(
+                repo, path, repo_type=kind, revision=commit, local_dir=folder, tqdm_class=Bar
+            )
+
+        # Xet opens connections of its own, whose rate nothing here bounds, but it alone reads the largest files.
+        with without_xet(bool(slot.limits.bytes_per_second) and size <= FILE_BYTES):
+            return Path(self._retrying(download)())
+
+    def read_range(
+        self, repo: str, kind: str, commit: str, path: str, span: range, deadline: float, slot: Slot
+    ) -> bytes:
+        """Returns a range of the bytes of a file of a commit, at the rates of a slot; no others are requested.
 
         Raises OSError if the Hub sends others, and MachineError after the deadline, a time of `time.monotonic`.
         """
         hub = load()
         url = hub.hf_hub_url(repo, path, repo_type=kind, revision=commit, endpoint=self.client.endpoint)
         # A proxy that compressed the bytes would send others than the range has.
-        headers = {"Range": f"bytes={place.start}-{place.stop - 1}", "Accept-Encoding": "identity"}
+        headers = {"Range": f"bytes={span.start}-{span.stop - 1}", "Accept-Encoding": "identity"}
         headers |= hub.utils.build_hf_headers(token=self.client.token)
 
         def read() -> bytes:
             data = bytearray()
+            slot.request()
             with hub.utils.get_session().stream("GET", url, headers=headers) as response:
                 hub.utils.hf_raise_for_status(response)
                 if response.status_code != 206:
                     raise OSError("a whole file in place of a range of its bytes")
                 for chunk in response.iter_raw():
+                    slot.received(len(chunk))
                     data += chunk
-                    if len(data) > len(place):
+                    if len(data) > len(span):
                         break
                     if time.monotonic() > deadline:
                         raise MachineError(f"{endpoint()} is too slow; run the same command again to go on")
-            if len(data) != len(place):
-                raise OSError(f"{len(data)} bytes in place of {len(place)}")
+            if len(data) != len(span):
+                raise OSError(f"{len(data)} bytes in place of {len(span)}")
             return bytes(data)
 
         return bytes(self._retrying(read)())
@@ -153,11 +181,13 @@ class RetryingClient:
         """Returns a function that makes a call, up to ATTEMPTS times."""
 
         def retrying(*arguments: Any, **options: Any) -> Any:
+            unanswered = 0  # attempts in a row
             for attempt in range(ATTEMPTS - 1):
                 try:
                     return _answer(call, *arguments, **options)
                 except Exception as error:
-                    if (seconds := _pause(error, attempt)) is None:
+                    unanswered = unanswered + 1 if _is_unanswered(error) else 0
+                    if (seconds := _pause(error, attempt)) is None or unanswered == UNREACHABLE_ATTEMPTS:
                         raise
                 time.sleep(seconds)
             return _answer(call, *arguments, **options)
@@ -179,24 +209,34 @@ def _answer(call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
         raise error.__cause__ from None
 
 
+def _cause(error: Exception) -> BaseException | None:
+    """Returns why a call failed: the client raises LocalEntryNotFoundError for a failed download."""
+    return error.__cause__ if isinstance(error, load().errors.LocalEntryNotFoundError) else error
+
+
+def _is_unanswered(error: Exception) -> bool:
+    return isinstance(_cause(error), _http().TransportError)
+
+
 def _pause(error: Exception, attempt: int) -> float | None:
     """Returns the seconds until a failed call is repeated; None if it is not repeated.
 
-    The seconds are the Hub's Retry-After, or else 1, 2, 4, … by the number of the attempt.
+    The seconds are those of the Hub's Retry-After or RateLimit, or else 1, 2, 4, … by the number of the attempt.
     """
     # A failing server sends it: the client reads some answers before it checks their status.
     if isinstance(error, json.JSONDecodeError):
         return 2.0**attempt
 
-    # The client raises LocalEntryNotFoundError for a failed download; its cause says why.
-    cause = error.__cause__ if isinstance(error, load().errors.LocalEntryNotFoundError) else error
-    is_unanswered = isinstance(cause, _http().TransportError)
-    if _status(cause) not in RETRIED_STATUSES and not (is_unanswered and attempt < UNREACHABLE_ATTEMPTS - 1):
+    cause = _cause(error)
+    if _status(cause) not in RETRIED_STATUSES and not _is_unanswered(error):
         return None
 
-    response = getattr(cause, "response", None)
-    retry_after = str(response.headers.get("Retry-After", "")) if response is not None else ""
-    seconds = float(retry_after) if retry_after.isdecimal() else 2.0**attempt
+    seconds, response = 2.0**attempt, getattr(cause, "response", None)
+    headers = {} if response is None else response.headers
+    if (retry_after := str(headers.get("Retry-After", ""))).isdecimal():
+        seconds = float(retry_after)
+    elif _status(cause) == 429 and (limit := load().utils.parse_ratelimit_headers(headers)):
+        seconds = limit.reset_in_seconds + 1.0
     return min(seconds, MAX_RETRY_SECONDS)
 
 
@@ -216,6 +256,20 @@ def online() -> Iterator[None]:
         yield
     finally:
         constants.HF_HUB_OFFLINE = offline
+
+
+@contextmanager
+def without_xet(disabled: bool) -> Iterator[None]:
+    """Lets the client read files by plain HTTP."""
+    load()
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_DISABLE_XET
+    constants.HF_HUB_DISABLE_XET = before or disabled
+    try:
+        yield
+    finally:
+        constants.HF_HUB_DISABLE_XET = before
 
 
 @contextmanager
@@ -372,7 +426,9 @@ class RangedFile:
 
     closed = False
 
-    def __init__(self, repo: str, commit: str, path: str, size: int, deadline: float, most_bytes: int) -> None:
+    def __init__(
+        self, repo: str, commit: str, path: str, size: int, deadline: float, most_bytes: int, slot: Slot
+    ) -> None:
         """Requests nothing yet.
 
         Args:
@@ -382,9 +438,10 @@ class RangedFile:
             size: Its bytes.
             deadline: The time of `time.monotonic` after which nothing is read.
             most_bytes: The most bytes that are read.
+            slot: The slot that bounds its requests.
         """
         self.repo, self.commit, self.path, self.size = repo, commit, path, size
-        self.deadline, self.left, self.position = deadline, most_bytes, 0
+        self.deadline, self.left, self.position, self.slot = deadline, most_bytes, 0, slot
         self.title = f"reading {printable(path)} of {repo}@{commit[:12]}"
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
@@ -395,17 +452,18 @@ class RangedFile:
         return self.position
 
     def read(self, count: int) -> bytes:
-        place = range(self.position, max(self.position, min(self.position + count, self.size)))
-        self.left -= len(place)
+        span = range(self.position, max(self.position, min(self.position + count, self.size)))
+        self.left -= len(span)
         if self.left < 0:
             raise AtomError(f"{self.title}: a sample needs too many bytes of it; its rows are too long")
         if time.monotonic() > self.deadline:
             raise MachineError(f"{self.title}: no time is left; run the same command again to go on")
-        self.position = place.stop
+        self.position = span.stop
         with translate_errors(self.title):
-            return bytes(
-                api().read_range(self.repo, "dataset", self.commit, self.path, place, self.deadline) if place else b""
-            )
+            if not span:
+                return b""
+            file = self.repo, "dataset", self.commit, self.path
+            return bytes(api().read_range(*file, span, self.deadline, self.slot))
 
 
 def is_unsafe(path: str) -> bool:

@@ -18,7 +18,10 @@ from pipeline.core.errors import RecipeError
 
 # Variables of the submitting process that a Slurm job gets, beside `forward` of the profile. Their values are in its
 # script.
-_TAKEN_OVER = "PATH HOME USER LOGNAME LANG LC_ALL SLURM_CONF MODULEPATH LD_LIBRARY_PATH HF_ENDPOINT"
+_TAKEN_OVER = """
+PATH HOME USER LOGNAME LANG LC_ALL SLURM_CONF MODULEPATH LD_LIBRARY_PATH HF_ENDPOINT
+ATOM_HUB_SLOTS ATOM_HUB_MB_PER_SECOND ATOM_HUB_REQUESTS_PER_MINUTE
+"""
 TAKEN_OVER = tuple(_TAKEN_OVER.split())
 # Shell patterns of the names of allowed variables: of the system, of Slurm and MPI, of modules and containers, of atom
 # and its libraries, of threads and arithmetic, of GPUs and networks.

@@ -9,18 +9,24 @@ from typing import Annotated
 from pipeline.core.bounds import Range, Text
 from pipeline.core.stage import Config, Estimate, Published
 
-# Core seconds a MB of curation steps with atom's words, beside the law of `filter` (`bench/filters.py`).
+# Core seconds a MB of curation steps with atom's words, beside the law of `filter` (`bench/filters.py --steps`): of
+# prose or code, and of settings that packaged data recipes have, those that take longer.
 STEP_SECONDS = {
-    "language": 0.18,
-    "top_n_grams": 0.09,
-    "GopherRepetitionFilter": 0.16,
-    "GopherQualityFilter": 0.06,
-    "FineWebQualityFilter": 0.035,
-    "C4QualityFilter": 0.09,
+    "language": 0.27,
+    "top_n_grams": 0.11,
+    "GopherRepetitionFilter": 0.28,
+    "GopherQualityFilter": 0.12,
+    "FineWebQualityFilter": 0.055,
+    "C4QualityFilter": 0.17,
+    "PIIFormatter": 0.07,
+    "RegexFilter": 0.03,
+    "URLFilter": 0.011,
     "classifier": 0.05,
-    "personal_numbers": 0.1,
-    "repeated_lines": 0.02,
-    "scan": 0.14,
+    "code_shape": 0.13,
+    "personal_numbers": 0.11,
+    "python_syntax": 0.35,
+    "repeated_lines": 0.03,
+    "scan": 0.22,
 }
 # Core seconds a MB that the words of spaCy add.
 SPACY_SECONDS = 1.6
@@ -111,6 +117,16 @@ def estimate(stage: str, size: Size | None, small: float | None = None, step_sec
         disk_bytes=int(law.disk * size.bytes),
         work_bytes=int(WORK * size.bytes),
     )
+
+
+def core_hours_per_billion(bytes_per_token: float, step_seconds_per_mb: float) -> float:
+    """Returns the core hours that curation needs for a billion tokens that it reads, all tasks together.
+
+    Args:
+        bytes_per_token: Bytes of text in a token.
+        step_seconds_per_mb: Core seconds of the steps of a source, beside the law of `filter`.
+    """
+    return (LAWS["filter"].seconds_per_mb + step_seconds_per_mb) * bytes_per_token * 1000 / 3600
 
 
 def published(folder: str, parts: Mapping[str, int], sizes: Mapping[str, int] | None = None) -> tuple[Published, ...]:

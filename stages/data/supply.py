@@ -15,6 +15,7 @@ from pydantic import Field
 from pipeline.core.bounds import MOST_SOURCES, Line, Range, SourceName
 from pipeline.core.stage import Config
 from pipeline.graph.supply import SourceSupply
+from stages.data import estimates
 from stages.data.acquire.readers.hub import Hub
 from stages.data.recipe import DataRecipe, SourceConfig
 
@@ -82,4 +83,9 @@ def _supply(section: SupplySection, source: SourceConfig, data: DataRecipe, aske
         asked=asked,
         most_epochs=section.most_epochs(source.name),
         lacks_probe=can_probe and (probe is None or bool(problem)),
+        text=source.pipeline or source.kind,
+        curation_core_hours=estimates.core_hours_per_billion(
+            probe.bytes_per_token if probe else source.bytes_per_token,
+            sum(step.seconds_per_mb for step in source.steps),
+        ),
     )

@@ -10,10 +10,12 @@ import pytest
 import yaml
 
 from pipeline.core.stage import Estimate
-from pipeline.graph import plan
+from pipeline.graph import plan, supply
+from pipeline.graph import recipe as recipes
 from pipeline.graph.dag import State
 from pipeline.launch import cluster_profile
 from pipeline.operations.fit import estimate_costs
+from stages import graph
 from stages.data import estimates
 from stages.data.acquire import acquire_stage
 from stages.data.curate import dedup_stage, duplicates_stage, filter_stage, representatives_stage
@@ -66,6 +68,27 @@ def test_steps_take_their_time_beside_the_law(tmp_path: Path) -> None:
     seconds = 8000 * (estimates.STEP_SECONDS["language"] + estimates.STEP_SECONDS["C4QualityFilter"])
     assert filtered["filter"].cpu_seconds == pytest.approx(plain["filter"].cpu_seconds + seconds)
     assert filtered["filter"].serial_seconds == plain["filter"].serial_seconds
+
+
+def test_every_step_of_a_packaged_recipe_has_a_measured_cost() -> None:
+    """`bench/filters.py --steps` measures them; a plan would take a step without one for free."""
+    files = sorted((ROOT / "data_recipes").glob("*.yaml"))
+    recipes = [load(file) for file in files if not file.name.endswith(".lock.yaml")]
+    steps = {step.name: step for recipe in recipes for source in recipe.sources for step in source.steps}
+    assert len(recipes) >= 5 and steps.keys() >= {"python_syntax", "URLFilter", "RegexFilter", "classifier"}
+    assert [name for name, step in steps.items() if not step.seconds_per_mb] == []
+
+
+def test_core_hours_of_a_billion_tokens_follow_from_the_steps() -> None:
+    rows = {row.source: row for row in graph.supply(recipes.load("atom-1b-a300m"))}
+    law, seconds = estimates.LAWS["filter"].seconds_per_mb, estimates.STEP_SECONDS
+    by_hand = (law + seconds["code_shape"] + seconds["PIIFormatter"]) * 4000 / 3600
+    assert rows["code"].text == "code" and rows["code"].curation_core_hours == pytest.approx(by_hand)
+    assert rows["web"].text == "web" and (rows["web"].curation_core_hours or 0) > 2 * by_hand
+    sentences = supply.curation_costs(list(rows.values()))
+    (code,) = [each for each in sentences if each.startswith("curation of code,")]
+    assert f"{by_hand:.2f} code" in code
+    assert len(sentences) == len({row.text for row in rows.values()})
 
 
 def test_packages_take_longer_to_read_than_plain_text() -> None:

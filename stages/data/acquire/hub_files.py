@@ -33,6 +33,7 @@ from pipeline.core.text import escaped, printable, shown
 from pipeline.core.yaml_text import parse_yaml, read_file
 from pipeline.graph.recipe import LOCK_BYTES, explain
 from pipeline.hub.client import RemoteRepository, api, endpoint, is_unsafe, online, translate_errors
+from pipeline.hub.limits import Slot
 from stages.data.acquire.readers.base import MAX_ENTRIES
 from stages.data.acquire.source_probe import Probe
 
@@ -216,13 +217,17 @@ def resolve(name: str, repo: str, revision: str, pattern: str) -> LockedSource:
     return LockedSource(repo=repo, requested=revision, revision=commit, pattern=pattern, files=lines)
 
 
-def pull(source: str, locked: LockedSource, file: LockedFile, target: Path) -> None:
+def pull(source: str, locked: LockedSource, file: LockedFile, target: Path, slot: Slot) -> None:
     """Brings a file to `target`, unless it is there already with its digest; waits if another process pulls it.
+
+    `slot` bounds what is read from the Hub.
 
     Raises AtomError if the Hub does not have it, or has other bytes under its name; MachineError if the Hub does not
     answer, or refuses for now.
     """
     while not _is_intact(file, target):
+        # Before the lease of the file: who holds that one must not wait for a slot of those who wait for the file.
+        slot.take()
         # Several tasks may need one file; the others wait instead of pulling it again.
         lease = Lease.take(target.parent)
         if lease is None:
@@ -231,7 +236,7 @@ def pull(source: str, locked: LockedSource, file: LockedFile, target: Path) -> N
         try:
             if not _is_intact(file, target):
                 # It may have been pulled while this process waited for the lease.
-                _download(source, locked, file, target)
+                _download(source, locked, file, target, slot)
             return
         finally:
             lease.release()
@@ -244,7 +249,7 @@ def _is_intact(file: LockedFile, path: Path) -> bool:
         return False
 
 
-def _download(source: str, locked: LockedSource, file: LockedFile, target: Path) -> None:
+def _download(source: str, locked: LockedSource, file: LockedFile, target: Path, slot: Slot) -> None:
     name = f"source {source}: {printable(file.path)} of {locked.repo}@{locked.revision[:12]}"
     # Beside the target, so that the last step is a move within one file system.
     draft = target.parent / ".pulling"
@@ -253,10 +258,8 @@ def _download(source: str, locked: LockedSource, file: LockedFile, target: Path)
         raise AtomError(f"{name} has {file.size} bytes, and {target.parent} has room for {free}; make room")
     try:
         with translate_errors(f"pulling {name}"), online():
-            pulled = api().hf_hub_download(
-                locked.repo, file.path, repo_type="dataset", revision=locked.revision, local_dir=draft
-            )
-        if (digest := file.digest_of(Path(pulled))) != file.digest:
+            pulled = api().download(locked.repo, "dataset", locked.revision, file.path, file.size, draft, slot)
+        if (digest := file.digest_of(pulled)) != file.digest:
             raise AtomError(
                 f"{name} has the digest {digest} at {endpoint()}, but is pinned to {file.digest}; if the change "
                 "is right, pin it anew by `atom pin RECIPE`"

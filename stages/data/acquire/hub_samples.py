@@ -24,6 +24,7 @@ from typing import Any
 
 from pipeline.core.errors import AtomError, MachineError
 from pipeline.hub.client import RangedFile
+from pipeline.hub.limits import Slot
 from stages.data.acquire.hub_files import LockedSource
 from stages.data.acquire.readers.hub import Hub
 from stages.data.acquire.readers.row_files import columns_to_read
@@ -90,24 +91,27 @@ def fetch(source: str, locked: LockedSource, reader: Hub, label: str, folder: Pa
         folder: An empty folder for the pieces.
         stopped: No further file is begun after it is set.
     """
-    deadline, sample = time.monotonic() + SECONDS, Sample()
     files = sorted((file for file in locked.rows() if file.size), key=lambda file: seed_of(f"{label}/{file.path}", 0))
-    for number, file in enumerate(files[:PIECES]):
-        remote = RangedFile(locked.repo, locked.revision, file.path, file.size, deadline, MOST_BYTES)
-        place = folder / str(number)
-        try:
-            if reader.format == "parquet":
-                count = -(-PIECES // len(files))
-                _read_row_groups(remote, reader, f"{label}/{file.path}", count, place, sample)
-            else:
-                _read_head(remote, place, sample)
-        except AtomError as error:
-            sample.problems.append(f"source {source}: {error}")
-            # What the network or the Hub did to these files, it would do to all others.
-            if isinstance(error, MachineError) or (len(sample.problems) == MOST_PROBLEMS and not sample.pieces):
+    sample = Sample()
+    with Slot(stopped) as slot:
+        slot.take()
+        deadline = time.monotonic() + SECONDS
+        for number, file in enumerate(files[:PIECES]):
+            remote = RangedFile(locked.repo, locked.revision, file.path, file.size, deadline, MOST_BYTES, slot)
+            place = folder / str(number)
+            try:
+                if reader.format == "parquet":
+                    count = -(-PIECES // len(files))
+                    _read_row_groups(remote, reader, f"{label}/{file.path}", count, place, sample)
+                else:
+                    _read_head(remote, place, sample)
+            except AtomError as error:
+                sample.problems.append(f"source {source}: {error}")
+                # What the network or the Hub did to these files, it would do to all others.
+                if isinstance(error, MachineError) or (len(sample.problems) == MOST_PROBLEMS and not sample.pieces):
+                    break
+            if stopped.is_set():
                 break
-        if stopped.is_set():
-            break
     return sample
 
 

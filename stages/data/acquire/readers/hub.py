@@ -11,6 +11,7 @@ from pipeline.core.errors import RecipeError
 from pipeline.core.stage import operational
 from pipeline.core.store import home_folder
 from pipeline.core.text import shown
+from pipeline.hub.limits import Slot
 from stages.data.acquire import hub_files
 from stages.data.acquire.hub_files import LockedFile, LockedSource
 from stages.data.acquire.readers.base import Failed, Files
@@ -64,8 +65,9 @@ class Hub(RowReader):
     def pull(self, source: str, files: Files) -> None:
         locked, rows = self.pinned(source), {file.path: file for file in self._rows(source)}
         assert locked is not None
-        for name, path in files:
-            hub_files.pull(source, locked, rows[name], path)
+        with Slot() as slot:
+            for name, path in files:
+                hub_files.pull(source, locked, rows[name], path, slot)
 
     def absolute(self, folder: Path) -> Hub:
         path = self.path.replace(HOME, str(home_folder()), 1) if self.path.startswith(HOME) else folder / self.path
