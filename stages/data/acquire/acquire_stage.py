@@ -178,7 +178,7 @@ def read_part(config: AcquireConfig, number: int, files: Files, folder: Path) ->
         for notice in source.reader.notices(files):
             digest, row = content_hash(notice.text), asdict(notice)
             write_notice({"sha256": digest, "source": source.name, **row})
-        for document in _documents(config, files, left_out):
+        for document in documents_of(source, config.seed, files, left_out):
             if isinstance(document, Unreadable):
                 skipped.add(document.name)
                 continue
@@ -260,11 +260,11 @@ def _writer(is_stated: bool, path: Path, columns: Mapping[str, str]) -> Iterator
         yield lambda row: None
 
 
-def _documents(
-    config: AcquireConfig, files: Files, left_out: Counter[str]
+def documents_of(
+    source: Source, seed: int, files: Files, left_out: Counter[str]
 ) -> Iterator[Document | Unreadable | Failed | Unmapped | Refused]:
     """Yields the documents of the reader; one whose text has no UTF-8 form has failed. `left_out` counts other rows."""
-    for document in config.source.reader.documents(config.source.name, config.seed, files):
+    for document in source.reader.documents(source.name, seed, files):
         if document is None:
             left_out["rows"] += 1
         elif isinstance(document, Document | Unmapped) and not is_unicode(document.text):
@@ -300,7 +300,8 @@ class _Selection:
         import numpy as np
 
         # The first pass reads the ids alone, to find the limit-th smallest hash.
-        readable = (each for each in _documents(self.config, self.files, Counter()) if not isinstance(each, Unreadable))
+        found = documents_of(self.config.source, self.config.seed, self.files, Counter())
+        readable = (each for each in found if not isinstance(each, Unreadable))
         ids = (f"{self.config.source.name}/{document.name}" for document in readable)
         hashes = np.frombuffer(array("Q", map(self._hash, ids)), np.uint64)
         return 2**64 if hashes.size <= limit else int(np.partition(hashes, limit - 1)[limit - 1])
