@@ -160,11 +160,12 @@ class Measurement:
         """Counts the rows of a piece, and what they state of licenses."""
         piece, reader = counts.piece, self.source.reader
         assert isinstance(reader, RowReader)
+        licenses = reader.licenses
         for row in reader.rows([(piece.file, piece.path)]):
             counts.sums["rows"] += 1
             if isinstance(row, Row) and reader.reads(row) and reader.license_field:
                 stated = field_at(row.fields, reader.license_field)
-                counts.add_license(in_words(stated), reader.licenses.expression(stated))
+                counts.add_license(in_words(stated), licenses.expression(stated))
 
     def _add_license(self, document: Document | Unmapped, counts: _PieceCounts) -> None:
         """Counts what a document states of its license."""

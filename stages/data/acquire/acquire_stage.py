@@ -62,7 +62,7 @@ from stages.formats.table import (
     write_json,
 )
 
-VERSION = 8
+VERSION = 9
 # If more of a part's documents are skipped as unreadable, and more than ten, its reader or its settings are wrong.
 MOST_SKIPPED_SHARE = 0.5
 # The names of skipped documents in source.json.
