@@ -229,7 +229,10 @@ class DataRecipe(Config):
         return (*self.pipelines.get(source.pipeline or "", ()), *source.steps)
 
     def problem_of(self, source: SourceConfig, probe: Probe) -> str:
-        """Returns what a probe says is wrong with a source, alarms by the present settings included; empty: nothing."""
+        """Returns what a probe says is wrong with a source, or else an alarm by the present settings; empty without."""
+        # What is wrong is often why a rule removes much.
+        if probe.problem:
+            return probe.problem
         removed = {rule: row.documents for rule, row in probe.removed.items() if rule != DUPLICATE}
         steps = [step.name for step in self.steps_of(source)]
         losses = filter_losses(source.name, steps, probe.sampled_documents, removed)
@@ -238,8 +241,8 @@ class DataRecipe(Config):
                 losses, self.curation.alarm_share, {source.name: source.acknowledged_removals}, report=None
             )
         except AtomError as alarm:
-            return "; ".join(filter(None, (probe.problem, str(alarm))))
-        return probe.problem
+            return str(alarm)
+        return ""
 
     def resolved(self) -> DataRecipe:
         """Returns the recipe with the digests of all source trees and of the deny-list, from the files on disk.

@@ -44,6 +44,7 @@ FILES, FEWEST_BYTES, ENOUGH_BYTES = 40, 10 * 2**20, 2**28
 # Bytes of a request to a column of a Parquet file.
 BUFFER = 2**18
 SECONDS = 300.0
+TOO_MUCH = "too much for a sample; leave the file out by reader.pattern, or state the supply of the source"
 # Files that may fail one after the other before the others are left out.
 MOST_PROBLEMS = 3
 
@@ -189,7 +190,7 @@ def _read_row_groups(remote: AnyFile, reader: RowReader, label: str, count: int,
             group, path = groups[number], place.with_suffix(f".{number}.parquet")
             remote.left, mean = MOST_BYTES, max(1.0, group.total_byte_size / group.num_rows)
             if mean > MOST_BYTES:
-                raise AtomError(f"{remote.title}: its rows have {mean / 1e6:.0f} MB each, too much for a sample")
+                raise AtomError(f"{remote.title}: its rows have {mean / 1e6:.0f} MB each, {TOO_MUCH}")
             batches: list[pa.RecordBatch] = []
             rows = max(1, int(PIECE_BYTES / 4 / mean))
             for batch in parquet.iter_batches(rows, [number], columns, use_threads=False):
@@ -209,7 +210,7 @@ def _read_head(remote: AnyFile, place: Path, sample: Sample) -> None:
     while not whole and not end:
         wanted = min(max(HEAD_BYTES, 8 * len(data)), MOST_BYTES, remote.size)
         if wanted == len(data):
-            raise AtomError(f"{remote.title}: its first line is longer than {wanted} bytes, too much for a sample")
+            raise AtomError(f"{remote.title}: its first line is longer than {len(text):,} bytes, {TOO_MUCH}")
         data += remote.read(wanted - len(data))
         text, consumed, is_end = _decompressed(remote, data)
         whole = is_end and len(data) == remote.size

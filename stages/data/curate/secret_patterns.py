@@ -22,8 +22,8 @@ class Pattern:
         return any(literal in data for literal in self.literals) and self.expression.search(data) is not None
 
 
-# Keys of OpenAI, Anthropic and Google begin as in gitleaks' rules openai-api-key, anthropic-api-key and gcp-api-key. The
-# rest is random characters of base64url: manuals have words or dots in its place, or repeat a character, or count.
+# Keys of OpenAI, Anthropic and Google begin as in gitleaks' rules openai-api-key, anthropic-api-key and gcp-api-key.
+# The rest is random characters of base64url: manuals have words or dots in its place, or repeat a character, or count.
 _RANDOM = (
     rb"(?![\w-]*?(?:(\w)\1{4}|abcdef|ABCDEF|123456))"
     rb"(?=[\w-]*?[0-9][\w-]*?[0-9])(?=[\w-]*?[A-Z][\w-]*?[A-Z])(?=[\w-]*?[a-z][\w-]*?[a-z])"
