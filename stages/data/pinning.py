@@ -30,7 +30,7 @@ from stages.data.acquire.hub_samples import Sample
 from stages.data.acquire.readers.base import SampledReader
 from stages.data.acquire.readers.hub import Hub
 from stages.data.acquire.source_probe import BY_SETTING, BY_TOKENIZER
-from stages.data.acquire.sources import resolve_tree_digest
+from stages.data.acquire.sources import require_tree, resolve_tree_digest
 from stages.data.recipe import SourceConfig, load
 
 if TYPE_CHECKING:
@@ -204,7 +204,9 @@ def _entry_of(source: SourceConfig) -> Entry:
     reader = source.reader
     if isinstance(reader, Hub):
         return hub_files.resolve(source.name, reader.repo, reader.revision, reader.pattern)
-    digest, files = resolve_tree_digest(source), source.files()
+    # Also of a source with a pinned digest: what a sample says is then said of these files.
+    files, digest = source.files(), resolve_tree_digest(source.model_copy(update={"tree_digest": "auto"}))
+    require_tree(source, digest, len(files))
     size = sum(path.stat().st_size for _, path in files)
     return LocalSource(tree_digest=digest, file_count=len(files), bytes=size)
 

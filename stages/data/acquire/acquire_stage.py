@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.core.bounds import Seed
-from pipeline.core.errors import AtomError, RecipeError
+from pipeline.core.errors import AtomError
 from pipeline.core.parts import Part, link_parts, part_file, seal_part
 from pipeline.core.stage import Config, Estimate, Inputs, Report, Stage
 from stages.data import estimates
@@ -44,7 +44,7 @@ from stages.data.acquire.readers.base import (
     refused_row,
     report_refusals,
 )
-from stages.data.acquire.sources import Source
+from stages.data.acquire.sources import Source, require_tree
 from stages.formats import chat
 from stages.formats.database import connect
 from stages.formats.file_digests import tree_digest
@@ -323,10 +323,7 @@ def _require_tree(source: Source, parts: Sequence[Part], files: Sequence[tuple[s
         shutil.rmtree(part.folder)
     if source.tree_digest == "auto":
         raise AtomError(f"source {source.name}: tree_digest is not resolved; run through the recipe's resolved() form")
-    raise RecipeError(
-        f"source {source.name}: tree_digest is pinned to {source.tree_digest} but the {len(files)} files here give "
-        f"{digest}; restore the pinned files, or change the pin"
-    )
+    require_tree(source, digest, len(files))
 
 
 def _require_distinct_ids(source: Source, out: Path, work: Path) -> None:

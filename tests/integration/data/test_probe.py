@@ -243,6 +243,9 @@ def test_sources_on_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     with pytest.raises(AtomError):
         list(pinning.pin(path))
     assert (again := load(path).sources[0].probe) and again.documents == 100
+    pinned = local("lines", reader="jsonl") | {"tree_digest": entries["lines"].tree_digest}
+    with pytest.raises(AtomError, match="source lines: tree_digest is pinned to sha256:.* but the 2 files here give "):
+        list(pinning.pin(recipe(tmp_path, pinned)))
 
 
 @pytest.mark.parametrize(("name", "most"), [("sdists", 2**14), ("web", 2**16)])
