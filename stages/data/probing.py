@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -60,6 +61,8 @@ MOST_STRINGS = 1000
 # Of a piece that is a whole file, the bytes of text after which no more of it is read, and the bytes of which a thinned
 # reader reads the documents.
 PIECE_TEXT = 2**21
+# The folders of an absolute path, which no lock file has.
+FOLDERS = re.compile(r"(?<![\w:/.-])/(?:[^/\s]+/)+")
 # Fields of a probe; a hostile file may have any number.
 MOST_FIELDS = 100
 
@@ -210,6 +213,8 @@ class Measurement:
     def _require_usable(self) -> None:
         """Raises AtomError for a source at which acquire or filter would stop, or of whose licenses none is known."""
         documents = self._sum("documents")
+        if not documents and not self.problems:
+            raise AtomError(f"source {self.source.name}: its sample has no document; check its reader")
         for failures in (self.failures, self.steps.failures):
             failures.require_few(documents)
         self._require_licenses()
@@ -253,7 +258,7 @@ class Measurement:
             settings=settings,
             sampled=SAMPLED.get(sampled, "files"),
             pieces=len(self.counts),
-            problem=_bounded("; ".join(self.problems[:3]), 1000),
+            problem=_bounded(FOLDERS.sub("…/", "; ".join(self.problems[:3])), 1000),
             sampled_documents=documents,
             sampled_bytes=self._sum("bytes"),
             kept_documents=len(self.hashes),

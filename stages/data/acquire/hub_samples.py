@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.core.errors import AtomError, MachineError
+from pipeline.core.text import printable
 from pipeline.hub.client import RangedFile
 from stages.data.acquire.hub_files import LockedSource
 from stages.data.acquire.readers.base import Files, Reader
@@ -94,7 +95,8 @@ class LocalFile(io.FileIO):
 
     def __init__(self, path: str, place: Path) -> None:
         super().__init__(place)
-        self.path, self.place, self.title, self.size = path, place, f"reading {place}", place.stat().st_size
+        self.path, self.place, self.size = path, place, place.stat().st_size
+        self.title = f"reading {printable(path)}"
 
 
 AnyFile = RangedFile | LocalFile
@@ -155,7 +157,8 @@ def _sample(
                     reader.pull(source, [(path, file.place)])
                     sample.pieces.append(Piece(path, file.place, None, file.size))
         except AtomError as error:
-            sample.problems.append(f"source {source}: {error}")
+            # The reader's own sentences name the source already.
+            sample.problems.append(f"source {source}: {str(error).removeprefix(f'source {source}: ')}")
             # What the network or the Hub did to these files, it would do to all others.
             if isinstance(error, MachineError) or (len(sample.problems) == MOST_PROBLEMS and not sample.pieces):
                 break
