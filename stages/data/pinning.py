@@ -179,6 +179,9 @@ def pin(path: Path, sample: bool = True, tokenizer: Path | None = None) -> Itera
                 except AtomError as error:
                     failures[source.name] = error
                     continue
+                except OSError as error:  # of a file on this machine
+                    failures[source.name] = AtomError(f"source {source.name}: {error}; check its files")
+                    continue
                 if entry.probe and (problem := recipe.problem_of(source, entry.probe)):
                     failures[source.name] = AtomError(problem)
                 entries[source.name] = entry

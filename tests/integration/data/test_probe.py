@@ -178,7 +178,7 @@ def packages(name: str, folder: Path) -> dict[str, Any]:
 def test_sources_on_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """They are read and curated as by a run; a folder that is missing has a sentence; what is drawn has no files."""
     monkeypatch.setenv("ATOM_HOME", str(tmp_path / "home"))
-    for name in ("lines", "tables", "sdists", "more", "empty", "cut"):
+    for name in ("lines", "tables", "sdists", "more", "empty", "cut", "unreadable"):
         (tmp_path / name).mkdir()
     rows = [*pages(0), {**pages(0)[0], "n": -1}, {**pages(1)[0], "text": f"A key: {TOKEN}"}]
     for n, part in enumerate((rows[:40], rows[40:])):
@@ -191,6 +191,7 @@ def test_sources_on_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     absent = packages("absent", tmp_path / "more")
     (tmp_path / "more/c-1.tar.gz").unlink()
     (tmp_path / "empty/a.jsonl").write_text("")
+    (tmp_path / "unreadable/a.jsonl").symlink_to("/proc/self/mem")
     (tmp_path / "cut/d-1.tar.gz").write_bytes(sdist_of("d-1", sdist))
     drawn = {"reader": "problems", "tasks": {"add": 1.0}, "form": "plain", "count": 9}
     path = recipe(
@@ -201,6 +202,7 @@ def test_sources_on_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         absent,
         local("empty", reader="jsonl"),
         packages("cut", tmp_path / "cut"),
+        local("unreadable", reader="jsonl"),
         source("drawn") | {"kind": "problems", "license": "MIT", "reader": drawn},
     )
     (tmp_path / "cut/d-1.tar.gz").write_bytes(b"another file")
@@ -213,7 +215,7 @@ def test_sources_on_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
     assert str(caught.value).startswith(f"source absent: no package c-1.tar.gz at {tmp_path}/more; ")
     assert "fetch them by `python -m stages.data.acquire.packages.fetch locked LOCK FOLDER`" in str(caught.value)
-    assert str(caught.value).endswith("; 3 of 6 sources are in order") and caught.value.exit_code == 2
+    assert str(caught.value).endswith("; …; 3 of 7 sources are in order") and caught.value.exit_code == 2
     assert str(tmp_path) not in lock.read_text() and not hub_files.read(lock)
     assert probes["empty"].problem == "source empty: its sample has no document; check its reader"
     assert probes["cut"].problem == "source cut: …/d-1.tar.gz is not the file that …/cut.lock.yaml pins; fetch it again"
