@@ -136,7 +136,14 @@ class Mistake:
 
 def mistakes(error: ValidationError, model: type[BaseModel], raw: Any = None) -> list[Mistake]:
     """Returns every error of a validation. With the raw mapping, the sentences name list items by their names."""
-    return [_mistake(row, model, raw) for row in error.errors()]
+    return [_mistake(row, model, raw) for row in _rows(error)]
+
+
+def _rows(error: ValidationError) -> list[Any]:
+    """Returns the errors of a validation; not that of a list which is short because of the errors of its items."""
+    rows = error.errors()
+    parents = {row["loc"][:-1] for row in rows}
+    return [row for row in rows if row["type"] != "too_short" or row["loc"] not in parents]
 
 
 def explain(error: ValidationError, model: type[BaseModel], title: str, raw: Any = None) -> RecipeError:
@@ -144,7 +151,7 @@ def explain(error: ValidationError, model: type[BaseModel], title: str, raw: Any
 
     With the raw mapping, the sentence names list items by their names.
     """
-    rows = error.errors()
+    rows = _rows(error)
     suffix = f" (and {len(rows) - 1} more)" if len(rows) > 1 else ""
     return RecipeError(f"{title}: {_mistake(rows[0], model, raw).text}{suffix}")
 

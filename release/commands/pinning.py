@@ -30,8 +30,9 @@ def pin(
     """Pin a data recipe's sources, and probe them.
 
     The Hub at HF_ENDPOINT is asked for the commit of each source's revision, and for the size and digest of each file
-    that matches its pattern. Of some files, some MB are read, and the reader and the steps of the source run on them:
-    what `atom plan` needs to know of licenses, languages, removals and tokens. All of this is written to NAME.lock.yaml
+    that matches its pattern. Files on this machine are pinned by their tree digest. Of some files, some MB are read,
+    and the reader and the steps of the source run on them: what `atom plan` needs to know of licenses, languages,
+    removals and tokens. Sources that are drawn from a seed have no files. All of this is written to NAME.lock.yaml
     beside the data recipe NAME.yaml, source by source. The same command goes on after an interruption. If RECIPE is a
     recipe whose tokenizer is sealed, it counts the tokens; else they are bytes_per_token of each source.
 

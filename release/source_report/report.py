@@ -18,7 +18,7 @@ from pipeline.graph.recipe import lock_of
 from release.cards import plots
 from release.web_page import markdown_html
 from stages.data.acquire import hub_files
-from stages.data.acquire.hub_files import LockedSource
+from stages.data.acquire.hub_files import LocalSource, LockedSource
 from stages.data.acquire.source_probe import Probe
 from stages.data.recipe import load
 
@@ -47,7 +47,8 @@ def write_page(path: Path, recipe: Path, failure: str) -> None:
 
     loader = jinja2.FileSystemLoader([FOLDER, STYLE])
     environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
-    entries = hub_files.read(lock_of(recipe))
+    lock = lock_of(recipe)
+    entries: dict[str, LockedSource | LocalSource] = {**hub_files.read(lock), **hub_files.read_local(lock)}
     probes = {name: entry.probe for name, entry in entries.items() if entry.probe}
     data = load(recipe)
     sources = {source.name: source for source in data.sources}
@@ -67,13 +68,13 @@ def write_page(path: Path, recipe: Path, failure: str) -> None:
         raise AtomError(f"{escaped(str(path), 200)} cannot be written ({error.strerror}); name another file") from None
 
 
-def _overview(entries: Mapping[str, LockedSource]) -> Markup:
+def _overview(entries: Mapping[str, LockedSource | LocalSource]) -> Markup:
     """Returns the table with a row for each source."""
     head = ["source", "repository", "files", "bytes", "sample", "documents", "bytes of text", "kept", "tokens kept"]
     rows: list[list[str]] = [head]
     for name, entry in entries.items():
-        files, probe = entry.rows(), entry.probe
-        row = [name, f"{entry.repo}@{entry.revision[:12]}", f"{len(files):,}", human(sum(file.size for file in files))]
+        probe = entry.probe
+        row = [name, entry.place, f"{entry.file_count:,}", human(entry.bytes)]
         if probe and probe.sampled_documents:
             low, high = (
                 "unknown" if end is None else human(end / probe.bytes_per_token)

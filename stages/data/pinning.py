@@ -1,7 +1,8 @@
-"""Pins the sources of the Hub in a data recipe, and probes each with a sample.
+"""Pins the sources of a data recipe that have files, and probes each with a sample.
 
-A pin is a revision, and the sizes and digests of its files. The sources are asked at the same time, and each is written
-to the lock file when it is done, so that nothing that was learnt is lost.
+The pin of a source of the Hub is a revision, and the sizes and digests of its files. That of a source with files on
+this machine is their tree digest. Sources that are drawn from a seed have no files. The sources are asked at the same
+time, and each is written to the lock file when it is done, so that nothing that was learnt is lost.
 """
 
 from __future__ import annotations
@@ -24,10 +25,12 @@ from pipeline.graph.recipe import find, lock_of
 from pipeline.graph.recipe import load as load_recipe
 from pipeline.hub import client
 from stages.data.acquire import hub_files, hub_samples
-from stages.data.acquire.hub_files import LockedSource
+from stages.data.acquire.hub_files import LocalSource, LockedSource
 from stages.data.acquire.hub_samples import Sample
+from stages.data.acquire.readers.base import SampledReader
 from stages.data.acquire.readers.hub import Hub
 from stages.data.acquire.source_probe import BY_SETTING, BY_TOKENIZER
+from stages.data.acquire.sources import require_tree, resolve_tree_digest
 from stages.data.recipe import SourceConfig, load
 
 if TYPE_CHECKING:
@@ -35,6 +38,7 @@ if TYPE_CHECKING:
 
 # Sources that are asked at the same time.
 PARALLEL = 8
+Entry = LockedSource | LocalSource
 
 
 @dataclass(frozen=True)
@@ -45,38 +49,38 @@ class Pin:
         name: Name of the source.
         entry: Its entry in the lock file.
         previous: The commit to which it was pinned; None if to none, or with other settings.
-        done: Its number among the sources of the Hub that are done.
+        done: Its number among the sources that are done.
         total: The number of all of them.
     """
 
     name: str
-    entry: LockedSource
+    entry: Entry
     previous: str | None
     done: int
     total: int
 
     def __str__(self) -> str:
-        files = self.entry.rows()
-        size = sum(file.size for file in files) / 1e9
-        moved = self.previous not in (None, self.entry.revision)
+        entry, probe = self.entry, self.entry.probe
+        moved = isinstance(entry, LockedSource) and self.previous not in (None, entry.revision)
         change = f", previously {str(self.previous)[:12]}" if moved else ""
-        commit, probe = self.entry.revision[:12], self.entry.probe
-        line = f"{self.name}: {self.entry.repo}@{commit}{change}, {len(files)} files, {size:.3f} GB"
+        line = f"{self.name}: {entry.place}{change}, {entry.file_count} files, {entry.bytes / 1e9:.3f} GB"
         if probe and probe.sampled_documents:
             kept = f"{human(probe.kept_tokens)} of {human(probe.bytes / probe.bytes_per_token)} tokens kept"
             line += f"; {kept}, by {probe.sampled_documents:,} documents"
         return f"{line} ({self.done} of {self.total})"
 
     def json(self) -> dict[str, Any]:
-        files, probe = self.entry.rows(), self.entry.probe
+        entry, pinned = self.entry, dict[str, str | None]()
+        if isinstance(entry, LockedSource):
+            pinned = {"repo": entry.repo, "revision": entry.revision, "previous": self.previous}
+        else:
+            pinned = {"tree_digest": entry.tree_digest}
         return {
             "name": self.name,
-            "repo": self.entry.repo,
-            "revision": self.entry.revision,
-            "previous": self.previous,
-            "files": len(files),
-            "bytes": sum(file.size for file in files),
-            "probe": probe.model_dump(mode="json") if probe else None,
+            **pinned,
+            "files": entry.file_count,
+            "bytes": entry.bytes,
+            "probe": entry.probe.model_dump(mode="json") if entry.probe else None,
         }
 
 
@@ -118,7 +122,7 @@ def tokenizer_of(reference: str, store: Store) -> Path | None:
 
 
 def pin(path: Path, sample: bool = True, tokenizer: Path | None = None) -> Iterator[Pin]:
-    """Asks the Hub for each of its sources in a data recipe, probes them, and yields each as it is written to the lock.
+    """Asks for each source of a data recipe that has files, probes it, and yields each as it is written to the lock.
 
     Args:
         path: The data recipe.
@@ -130,13 +134,12 @@ def pin(path: Path, sample: bool = True, tokenizer: Path | None = None) -> Itera
         AtomError: At the end, if some sources cannot be pinned or probed. Their earlier entries stay.
     """
     recipe = load(path)
-    sources = [source for source in recipe.sources if isinstance(source.reader, Hub)]
+    sources = [source for source in recipe.sources if isinstance(source.reader, SampledReader)]
     if not sources:
-        raise RecipeError(
-            f"data recipe {escaped(path.stem, 80)} has no source with the reader hub; there is nothing to pin"
-        )
+        raise RecipeError(f"data recipe {escaped(path.stem, 80)} has no source with files; there is nothing to pin")
     lock = lock_of(path)
-    known, failures, hashes = hub_files.read(lock), dict[str, AtomError](), dict[str, set[str]]()
+    known: dict[str, Entry] = {**hub_files.read(lock), **hub_files.read_local(lock)}
+    failures, hashes = dict[str, AtomError](), dict[str, set[str]]()
     entries = {source.name: known[source.name] for source in sources if source.name in known}
     stopped = threading.Event()
     tokens_by, counter = BY_SETTING, None
@@ -147,12 +150,11 @@ def pin(path: Path, sample: bool = True, tokenizer: Path | None = None) -> Itera
     client.load()  # imported once, before threads use it
     with TemporaryDirectory() as folder, ThreadPoolExecutor(PARALLEL) as pool:
 
-        def ask(source: SourceConfig) -> tuple[LockedSource, Sample | None]:
-            """Returns a source as the Hub has it now, and its sample; None if an earlier one will do."""
+        def ask(source: SourceConfig) -> tuple[Entry, Sample | None]:
+            """Returns a source as it is now, and its sample; None if an earlier one will do."""
             reader, earlier = source.reader, known.get(source.name)
-            assert isinstance(reader, Hub)
-            entry = hub_files.resolve(source.name, reader.repo, reader.revision, reader.pattern)
-            probe = earlier.probe if earlier and (earlier.repo, earlier.files) == (entry.repo, entry.files) else None
+            entry = _entry_of(source)
+            probe = earlier.probe if earlier and earlier.content == entry.content else None
             entry = entry.model_copy(update={"probe": probe})
             # A tokenizer counts better than a setting, and nothing is counted anew by the setting.
             is_counted = probe and (counter is None or probe.tokens_by == tokens_by)
@@ -161,7 +163,9 @@ def pin(path: Path, sample: bool = True, tokenizer: Path | None = None) -> Itera
             place = Path(folder, source.name)
             place.mkdir()
             label = f"probe/{recipe.name}/{source.name}"
-            return entry, hub_samples.fetch(source.name, entry, reader, label, place, stopped)
+            if isinstance(reader, Hub) and isinstance(entry, LockedSource):
+                return entry, hub_samples.fetch(source.name, entry, reader, label, place, stopped)
+            return entry, hub_samples.take(source.name, source.files(), reader, label, place, stopped)
 
         jobs = {pool.submit(ask, source): source for source in sources}
         try:
@@ -175,11 +179,16 @@ def pin(path: Path, sample: bool = True, tokenizer: Path | None = None) -> Itera
                 except AtomError as error:
                     failures[source.name] = error
                     continue
+                except OSError as error:  # of a file on this machine
+                    failures[source.name] = AtomError(f"source {source.name}: {error}; check its files")
+                    continue
                 if entry.probe and (problem := recipe.problem_of(source, entry.probe)):
                     failures[source.name] = AtomError(problem)
                 entries[source.name] = entry
                 hub_files.write(lock, entries)
-                previous = earlier.revision if earlier and earlier.repo == entry.repo else None
+                previous = None
+                if isinstance(earlier, LockedSource) and isinstance(entry, LockedSource) and earlier.repo == entry.repo:
+                    previous = earlier.revision
                 yield Pin(source.name, entry, previous, done, len(sources))
         except BaseException:
             # Requests that have not begun are left out.
@@ -193,26 +202,37 @@ def pin(path: Path, sample: bool = True, tokenizer: Path | None = None) -> Itera
         raise _joined([failures[source.name] for source in sources if source.name in failures], len(sources))
 
 
+def _entry_of(source: SourceConfig) -> Entry:
+    """Returns a source as it is now, without a probe."""
+    reader = source.reader
+    if isinstance(reader, Hub):
+        return hub_files.resolve(source.name, reader.repo, reader.revision, reader.pattern)
+    # Also of a source with a pinned digest: what a sample says is then said of these files.
+    files, digest = source.files(), resolve_tree_digest(source.model_copy(update={"tree_digest": "auto"}))
+    require_tree(source, digest, len(files))
+    size = sum(path.stat().st_size for _, path in files)
+    return LocalSource(tree_digest=digest, file_count=len(files), bytes=size)
+
+
 def _probed(
-    source: SourceConfig, entry: LockedSource, sample: Sample, tokens_by: str, counter: Tokenizer | None
-) -> tuple[LockedSource, set[str]]:
+    source: SourceConfig, entry: Entry, sample: Sample, tokens_by: str, counter: Tokenizer | None
+) -> tuple[Entry, set[str]]:
     """Returns the entry of a source with its probe, and the content hashes of the sample."""
     from loguru import logger
 
     from stages.data.probing import Measurement
 
     logger.disable("datatrove")  # it logs each of many small steps
-    assert isinstance(source.reader, Hub)
-    size = sum(file.size for file in entry.rows())
-    measurement = Measurement(source, sample, size, counter)
-    probe, earlier = measurement.probe(source.probe_settings, source.reader.format, tokens_by), entry.probe
+    measurement = Measurement(source, sample, entry.bytes, counter)
+    sampled = hub_samples.format_of(source.reader)
+    probe, earlier = measurement.probe(source.probe_settings, sampled, tokens_by), entry.probe
     # A sample that was cut earlier than the one before says less.
     if earlier and earlier.settings == probe.settings and earlier.sampled_documents > probe.sampled_documents:
         probe = earlier.model_copy(update={"problem": probe.problem})
     return entry.model_copy(update={"probe": probe}), measurement.hashes
 
 
-def _with_shared(entries: Mapping[str, LockedSource], hashes: Mapping[str, set[str]]) -> dict[str, LockedSource]:
+def _with_shared(entries: Mapping[str, Entry], hashes: Mapping[str, set[str]]) -> dict[str, Entry]:
     """Returns the entries, those that were probed now with the documents that they share with ones before them."""
     result, earlier = dict(entries), dict[str, set[str]]()
     for name, entry in entries.items():

@@ -1,19 +1,26 @@
 """Estimates a source from a sample: its reader and its steps run on the pieces of the sample.
 
+Of a piece that is a whole file, a random share of the documents is read if the reader can leave out the others, as that
+of packages can, and otherwise the first ones: how far the file is read then says for how much of it they stand.
+
 Time and memory grow with the sample, of which the content hashes of the kept documents stay in memory.
 """
 
 from __future__ import annotations
 
 import math
+import os
+import re
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 from pipeline.core.errors import AtomError
 from pipeline.core.text import escaped
 from stages.confidence import Z95, root_of_squares, wilson, work_deviations
-from stages.data.acquire.acquire_stage import document_row
+from stages.data.acquire.acquire_stage import document_row, documents_of
 from stages.data.acquire.hub_samples import Piece, Sample
 from stages.data.acquire.readers.base import (
     FAILED_RULE,
@@ -47,8 +54,15 @@ from stages.data.recipe import SourceConfig
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
+# {format of the files: what a piece is}; of other formats it is a file.
+SAMPLED: Mapping[str, Literal["row groups", "heads"]] = {"parquet": "row groups", "jsonl": "heads"}
 # Strings of a license field that are compared between files; a free text could differ in every row.
 MOST_STRINGS = 1000
+# Of a piece that is a whole file, the bytes of text after which no more of it is read, and the bytes of which a thinned
+# reader reads the documents.
+PIECE_TEXT = 2**21
+# The folders of an absolute path, which no lock file has.
+FOLDERS = re.compile(r"(?<![\w:/.-])/(?:[^/\s]+/)+")
 # Fields of a probe; a hostile file may have any number.
 MOST_FIELDS = 100
 
@@ -62,16 +76,27 @@ class _PieceCounts:
         sums: `rows`, `documents`, `bytes` of their text, and `kept_bytes`.
         removed: Documents by the rule that removed them.
         licenses: {(string, SPDX expression or an empty text): rows}.
+        part: The part of a whole file that was read.
     """
 
     piece: Piece
     sums: Counter[str] = field(default_factory=Counter)
     removed: Counter[str] = field(default_factory=Counter)
     licenses: Counter[tuple[str, str]] = field(default_factory=Counter)
+    part: float = 1.0
+
+    @property
+    def share(self) -> float:
+        """The share that was read of what the piece stands for."""
+        return self.part if self.piece.rows is None else self.sums["rows"] / max(self.piece.rows, 1)
 
     def scaled(self, name: str) -> float:
-        """Returns a sum over all rows that the piece stands for."""
-        return self.sums[name] / self.sums["rows"] * self.piece.rows if self.sums["rows"] else 0.0
+        """Returns a sum over all that the piece stands for."""
+        return self.sums[name] / self.share if self.share else 0.0
+
+    def add_license(self, stated: str, license: str | None) -> None:
+        if len(self.licenses) < MOST_STRINGS:
+            self.licenses[_bounded(stated), license or ""] += 1
 
 
 class Measurement:
@@ -112,19 +137,13 @@ class Measurement:
 
     def _read(self, piece: Piece) -> None:
         """Counts the rows and the documents of a piece."""
-        source, counts = self.source, _PieceCounts(piece)
-        reader, files = source.reader, [(piece.file, piece.path)]
-        assert isinstance(reader, RowReader)
-        licenses = reader.licenses
-        for row in reader.rows(files):
-            counts.sums["rows"] += 1
-            if not isinstance(row, Row) or not reader.reads(row):
-                continue
-            if reader.license_field and len(counts.licenses) < MOST_STRINGS:
-                stated = field_at(row.fields, reader.license_field)
-                counts.licenses[_bounded(in_words(stated)), licenses.expression(stated) or ""] += 1
-        for document in reader.documents(source.name, 0, files):
-            if document is None or isinstance(document, Unreadable):
+        source, counts, files = self.source, _PieceCounts(piece), [(piece.file, piece.path)]
+        if piece.rows is not None:
+            self._read_rows(counts)
+        elif thinned := source.reader.thinned(part := min(1.0, PIECE_TEXT / piece.bytes)):
+            source, counts.part = source.model_copy(update={"reader": thinned}), part
+        for document in documents_of(source, 0, files, Counter()):
+            if isinstance(document, Unreadable):
                 continue
             counts.sums["documents"] += 1
             if isinstance(document, Failed):
@@ -134,7 +153,38 @@ class Measurement:
                 counts.removed[REFUSED_RULES[document.kind]] += 1
             else:
                 self._curate(document, counts)
+                if piece.rows is None:
+                    self._add_license(document, counts)
+                    if source is self.source and self._is_enough(counts):
+                        break
         self.counts.append(counts)
+
+    def _read_rows(self, counts: _PieceCounts) -> None:
+        """Counts the rows of a piece, and what they state of licenses."""
+        piece, reader = counts.piece, self.source.reader
+        assert isinstance(reader, RowReader)
+        licenses = reader.licenses
+        for row in reader.rows([(piece.file, piece.path)]):
+            counts.sums["rows"] += 1
+            if isinstance(row, Row) and reader.reads(row) and reader.license_field:
+                stated = field_at(row.fields, reader.license_field)
+                counts.add_license(in_words(stated), licenses.expression(stated))
+
+    def _add_license(self, document: Document | Unmapped, counts: _PieceCounts) -> None:
+        """Counts what a document states of its license."""
+        counts.sums["rows"] += 1
+        if isinstance(document, Unmapped):
+            counts.add_license(document.license, None)
+        else:
+            license = document.license or self.source.document_license or self.source.license
+            counts.add_license(document.stated or license, license)
+
+    def _is_enough(self, counts: _PieceCounts) -> bool:
+        """Returns True if no more of a whole file is to be read, and notes the part that was."""
+        if counts.sums["bytes"] < PIECE_TEXT or (position := _position(counts.piece.path)) is None:
+            return False
+        counts.part = position / counts.piece.bytes
+        return True
 
     def _curate(self, document: Document | Unmapped, counts: _PieceCounts) -> None:
         """Counts a document as removed by the first rule that does so, or as kept."""
@@ -163,13 +213,17 @@ class Measurement:
     def _require_usable(self) -> None:
         """Raises AtomError for a source at which acquire or filter would stop, or of whose licenses none is known."""
         documents = self._sum("documents")
+        if not documents and not self.problems:
+            raise AtomError(f"source {self.source.name}: its sample has no document; check its reader")
         for failures in (self.failures, self.steps.failures):
             failures.require_few(documents)
         self._require_licenses()
 
     def _require_licenses(self) -> None:
         reader, counts = self.source.reader, [each for each in self.counts if each.licenses]
-        assert isinstance(reader, RowReader)
+        # What a package or a page states, no setting changes.
+        if not isinstance(reader, RowReader) or reader.license_field is None:
+            return
         if counts and not any(string for each in counts for string, _ in each.licenses):
             fields = ", ".join(list(self.sample.fields)[:LISTED])
             raise AtomError(
@@ -202,9 +256,9 @@ class Measurement:
         licenses = sum((each.licenses for each in self.counts), Counter[tuple[str, str]]())
         return Probe(
             settings=settings,
-            sampled="row groups" if sampled == "parquet" else "heads",
+            sampled=SAMPLED.get(sampled, "files"),
             pieces=len(self.counts),
-            problem=_bounded("; ".join(self.problems[:3]), 1000),
+            problem=_bounded(FOLDERS.sub("…/", "; ".join(self.problems[:3])), 1000),
             sampled_documents=documents,
             sampled_bytes=self._sum("bytes"),
             kept_documents=len(self.hashes),
@@ -249,7 +303,7 @@ class Measurement:
         scale = self.total_bytes / sum(size for _, size in pairs)
         # A Hub may state any size, and a file decompress to any.
         estimate = min(scale * math.fsum(value for value, _ in pairs), MOST)
-        read = sum(each.piece.bytes * each.sums["rows"] / max(each.piece.rows, 1) for each in self.counts)
+        read = sum(each.piece.bytes * each.share for each in self.counts)
         unread = max(0.0, 1 - read / self.total_bytes)
         # Rounding to whole bytes leaves a little.
         if unread < len(pairs) / self.total_bytes:
@@ -266,6 +320,15 @@ class Measurement:
             half = Z95 * root_of_squares(work_deviations(pairs).values()) / documents
             low, high = min(low, max(0.0, count / documents - half)), max(high, min(1.0, count / documents + half))
         return RuleShare(documents=count, low=round(low, 6), high=round(high, 6))
+
+
+def _position(path: Path) -> int | None:
+    """Returns how many bytes are read of a file that a reader has open; None if it has not."""
+    for entry in Path("/proc/self/fd").iterdir():
+        # The folder is a descriptor itself, and is closed by now.
+        if entry.exists() and entry.samefile(path):
+            return os.lseek(int(entry.name), 0, os.SEEK_CUR)
+    return None
 
 
 def _bounded(text: str, longest: int = 200) -> str:

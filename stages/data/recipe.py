@@ -23,9 +23,10 @@ from pipeline.core.yaml_text import parse_yaml, read_file
 from pipeline.graph.dag import NodeSpec
 from pipeline.graph.recipe import explain, find, lock_of
 from stages.data import estimates
-from stages.data.acquire import acquire_stage
+from stages.data.acquire import acquire_stage, hub_files
+from stages.data.acquire.hub_files import LocalSource
 from stages.data.acquire.licenses.expressions import AllowedLicenses, Licenses, forbids_derivatives
-from stages.data.acquire.readers.base import Reader
+from stages.data.acquire.readers.base import Reader, SampledReader
 from stages.data.acquire.readers.generated import Generated
 from stages.data.acquire.readers.hub import Hub
 from stages.data.acquire.source_probe import DUPLICATE, BytesPerToken, Probe
@@ -67,6 +68,13 @@ class SourceConfig(Source):
     bytes_per_token: BytesPerToken = operational(4.0)
     """bytes of text in a token, by which `atom pin` turns the bytes of a sample into tokens, unless the recipe's
     tokenizer is sealed and counts them"""
+    _lock: Path | None = None
+
+    def beside(self, lock: Path) -> SourceConfig:
+        """Returns the source with the lock file of its data recipe, which may be missing."""
+        source = self.model_copy(update={"reader": self.reader.locked(lock)})
+        source._lock = lock
+        return source
 
     @property
     def probe_settings(self) -> str:
@@ -78,15 +86,24 @@ class SourceConfig(Source):
 
     @property
     def probe(self) -> Probe | None:
-        """The probe by `atom pin` of the source as its settings are now; None if nothing."""
-        locked = self.reader.pinned(self.name) if isinstance(self.reader, Hub) else None
+        """The probe by `atom pin` of the source as its settings and its files are now; None if nothing."""
+        locked = self.reader.pinned(self.name) if isinstance(self.reader, Hub) else self._pinned_here()
         probe = locked.probe if locked else None
         return probe if probe and probe.settings == self.probe_settings and probe.sampled_documents else None
+
+    def _pinned_here(self) -> LocalSource | None:
+        """Returns the source as it was pinned, with files on this machine; None if not, or if they are others now."""
+        entry = hub_files.read_local(self._lock).get(self.name) if self._lock else None
+        # A tree digest in the recipe is that of files which need not be here.
+        if entry is None or (self.tree_digest == "auto" and self.reader.missing(self.name)):
+            return None
+        digest = resolve_tree_digest(self) if self.tree_digest == "auto" else self.tree_digest
+        return entry if digest == entry.tree_digest else None
 
     @property
     def limited_share(self) -> float:
         """The share of the probed documents that `limit` of the reader leaves."""
-        limit, probe = self.reader.limit if isinstance(self.reader, Hub) else None, self.probe
+        limit, probe = self.reader.limit if isinstance(self.reader, SampledReader) else None, self.probe
         return min(1.0, limit / probe.documents) if limit and probe and probe.documents else 1.0
 
     @property
@@ -212,7 +229,10 @@ class DataRecipe(Config):
         return (*self.pipelines.get(source.pipeline or "", ()), *source.steps)
 
     def problem_of(self, source: SourceConfig, probe: Probe) -> str:
-        """Returns what a probe says is wrong with a source, alarms by the present settings included; empty: nothing."""
+        """Returns what a probe says is wrong with a source, or else an alarm by the present settings; empty without."""
+        # What is wrong is often why a rule removes much.
+        if probe.problem:
+            return probe.problem
         removed = {rule: row.documents for rule, row in probe.removed.items() if rule != DUPLICATE}
         steps = [step.name for step in self.steps_of(source)]
         losses = filter_losses(source.name, steps, probe.sampled_documents, removed)
@@ -221,8 +241,8 @@ class DataRecipe(Config):
                 losses, self.curation.alarm_share, {source.name: source.acknowledged_removals}, report=None
             )
         except AtomError as alarm:
-            return "; ".join(filter(None, (probe.problem, str(alarm))))
-        return probe.problem
+            return str(alarm)
+        return ""
 
     def resolved(self) -> DataRecipe:
         """Returns the recipe with the digests of all source trees and of the deny-list, from the files on disk.
@@ -418,9 +438,9 @@ def loads(content: bytes, path: Path) -> DataRecipe:
         return value.located(path.parent, extensions) if isinstance(value, Block) else value
 
     def located(source: SourceConfig) -> SourceConfig:
-        reader = locate(source.reader.absolute(path.parent).locked(lock))
+        reader = locate(source.reader.absolute(path.parent))
         steps = tuple(map(locate, recipe.steps_of(source)))
-        return source.model_copy(update={"reader": reader, "steps": steps})
+        return source.model_copy(update={"reader": reader, "steps": steps}).beside(lock)
 
     sources = tuple(map(located, recipe.sources))
     curation = recipe.curation

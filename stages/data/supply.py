@@ -67,10 +67,10 @@ def _supply(section: SupplySection, source: SourceConfig, data: DataRecipe, aske
     tokens, basis, where, probe, problem = None, "unknown", "", source.probe, ""
     if probe is not None:
         problem = data.problem_of(source, probe)
-        assert isinstance(source.reader, Hub)
         tokens = probe.kept_tokens * source.limited_share * share * _kept_by_classifiers(source, data)
         basis = "probed"
-        where = f"{probe.sampled_documents:,} documents of {source.reader.repo} ({probe.sampled}: {probe.pieces})"
+        place = source.reader.repo if isinstance(source.reader, Hub) else "files here"
+        where = f"{probe.sampled_documents:,} documents of {place} ({probe.sampled}: {probe.pieces})"
         where += f", with a problem: {problem}" if problem else ""
     elif source.supply is not None:
         tokens, basis, where = source.supply.tokens * share, "stated", source.supply.where

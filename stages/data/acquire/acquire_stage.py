@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.core.bounds import Seed
-from pipeline.core.errors import AtomError, RecipeError
+from pipeline.core.errors import AtomError
 from pipeline.core.parts import Part, link_parts, part_file, seal_part
 from pipeline.core.stage import Config, Estimate, Inputs, Report, Stage
 from stages.data import estimates
@@ -44,7 +44,7 @@ from stages.data.acquire.readers.base import (
     refused_row,
     report_refusals,
 )
-from stages.data.acquire.sources import Source
+from stages.data.acquire.sources import Source, require_tree
 from stages.formats import chat
 from stages.formats.database import connect
 from stages.formats.file_digests import tree_digest
@@ -62,7 +62,7 @@ from stages.formats.table import (
     write_json,
 )
 
-VERSION = 8
+VERSION = 9
 # If more of a part's documents are skipped as unreadable, and more than ten, its reader or its settings are wrong.
 MOST_SKIPPED_SHARE = 0.5
 # The names of skipped documents in source.json.
@@ -178,7 +178,7 @@ def read_part(config: AcquireConfig, number: int, files: Files, folder: Path) ->
         for notice in source.reader.notices(files):
             digest, row = content_hash(notice.text), asdict(notice)
             write_notice({"sha256": digest, "source": source.name, **row})
-        for document in _documents(config, files, left_out):
+        for document in documents_of(source, config.seed, files, left_out):
             if isinstance(document, Unreadable):
                 skipped.add(document.name)
                 continue
@@ -260,11 +260,11 @@ def _writer(is_stated: bool, path: Path, columns: Mapping[str, str]) -> Iterator
         yield lambda row: None
 
 
-def _documents(
-    config: AcquireConfig, files: Files, left_out: Counter[str]
+def documents_of(
+    source: Source, seed: int, files: Files, left_out: Counter[str]
 ) -> Iterator[Document | Unreadable | Failed | Unmapped | Refused]:
     """Yields the documents of the reader; one whose text has no UTF-8 form has failed. `left_out` counts other rows."""
-    for document in config.source.reader.documents(config.source.name, config.seed, files):
+    for document in source.reader.documents(source.name, seed, files):
         if document is None:
             left_out["rows"] += 1
         elif isinstance(document, Document | Unmapped) and not is_unicode(document.text):
@@ -300,7 +300,8 @@ class _Selection:
         import numpy as np
 
         # The first pass reads the ids alone, to find the limit-th smallest hash.
-        readable = (each for each in _documents(self.config, self.files, Counter()) if not isinstance(each, Unreadable))
+        found = documents_of(self.config.source, self.config.seed, self.files, Counter())
+        readable = (each for each in found if not isinstance(each, Unreadable))
         ids = (f"{self.config.source.name}/{document.name}" for document in readable)
         hashes = np.frombuffer(array("Q", map(self._hash, ids)), np.uint64)
         return 2**64 if hashes.size <= limit else int(np.partition(hashes, limit - 1)[limit - 1])
@@ -322,10 +323,7 @@ def _require_tree(source: Source, parts: Sequence[Part], files: Sequence[tuple[s
         shutil.rmtree(part.folder)
     if source.tree_digest == "auto":
         raise AtomError(f"source {source.name}: tree_digest is not resolved; run through the recipe's resolved() form")
-    raise RecipeError(
-        f"source {source.name}: tree_digest is pinned to {source.tree_digest} but the {len(files)} files here give "
-        f"{digest}; restore the pinned files, or change the pin"
-    )
+    require_tree(source, digest, len(files))
 
 
 def _require_distinct_ids(source: Source, out: Path, work: Path) -> None:

@@ -1,5 +1,7 @@
 """Files of dataset repositories of the Hub: the lock file that pins them, and pulling them.
 
+The lock file also has what samples of sources on this machine say, whose files no Hub states.
+
 `atom pin` writes the lock file beside a data recipe from what the Hub states: for each source its revision, and the
 size and digest of every file. So plans need no network, and keys are known before a byte is pulled. A digest is that of
 git-lfs, `sha256:…`, or the id of a blob for a file that git holds itself, `git:…`. Pulled files are compared with it.
@@ -13,18 +15,18 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import lru_cache
 from pathlib import Path
 from textwrap import indent
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from pydantic import Field, ValidationError
 
 from pipeline.core import atomic_files
-from pipeline.core.bounds import MOST_SOURCES, Line, SourceName, Words
+from pipeline.core.bounds import MOST_SOURCES, Line, Sha256, SourceName, Words
 from pipeline.core.errors import AtomError, RecipeError
 from pipeline.core.lease import Lease
 from pipeline.core.stage import Config
@@ -35,12 +37,13 @@ from pipeline.graph.recipe import LOCK_BYTES, explain
 from pipeline.hub.client import RemoteRepository, api, endpoint, is_unsafe, online, translate_errors
 from pipeline.hub.limits import Slot
 from stages.data.acquire.readers.base import MAX_ENTRIES
-from stages.data.acquire.source_probe import Probe
+from stages.data.acquire.source_probe import Count, Probe
 
 DIGEST = re.compile(r"sha256:[0-9a-f]{64}|git:[0-9a-f]{40}")
 COMMIT = r"[0-9a-f]{40}"
 HEADER = """\
 # Written by `atom pin`: what the Hub states of each source of the data recipe. Lines of `files`: digest, bytes, path.
+# `local`: sources whose files are on this machine.
 """
 # The last line, which marks the end of a document of YAML: a file that is cut short lacks it, and may be YAML.
 END = "...\n"
@@ -100,6 +103,24 @@ class LockedSource(Config):
     probe: Probe | None = None
     """what a sample of the files says; null: none was read"""
 
+    @property
+    def place(self) -> str:
+        """The repository and its commit, for people."""
+        return f"{self.repo}@{self.revision[:12]}"
+
+    @property
+    def content(self) -> tuple[str, ...]:
+        """What two entries of the same files have alike."""
+        return self.repo, self.files
+
+    @property
+    def file_count(self) -> int:
+        return len(self.rows())
+
+    @property
+    def bytes(self) -> int:
+        return sum(file.size for file in self.rows())
+
     def rows(self) -> list[LockedFile]:
         """Returns the files, sorted by path. Raises ValueError naming a line that `atom pin` did not write."""
         return _rows(self.files)
@@ -124,61 +145,85 @@ def _rows(text: str) -> list[LockedFile]:
     return sorted(files, key=lambda file: file.path)
 
 
+class LocalSource(Config):
+    """A source with files on this machine, as they were when it was probed."""
+
+    place: ClassVar = "files here"
+
+    tree_digest: Sha256
+    """tree digest of the files; with another one the probe counts as none"""
+    file_count: Count
+    """number of files"""
+    bytes: Count
+    """their bytes"""
+    probe: Probe | None = None
+    """what a sample of the files says; null: none was read"""
+
+    @property
+    def content(self) -> tuple[str, ...]:
+        """What two entries of the same files have alike."""
+        return (self.tree_digest,)
+
+
 class LockFile(Config):
     """The pinned sources of a data recipe, by their names."""
 
     sources: Annotated[dict[SourceName, LockedSource], Field(max_length=MOST_SOURCES)]
-    """pinned sources"""
+    """pinned sources of the Hub"""
+    local: dict[SourceName, LocalSource] = Field(default={}, max_length=MOST_SOURCES)
+    """probed sources with files on this machine"""
 
 
 def read(path: Path) -> Mapping[str, LockedSource]:
-    """Returns the pinned sources in a lock file, by name; none if there is no such file.
+    """Returns the pinned sources of the Hub in a lock file, by name; none if there is no such file.
 
     Raises RecipeError if it is damaged.
     """
+    return _read(path).sources
+
+
+def read_local(path: Path) -> Mapping[str, LocalSource]:
+    """Returns the sources on this machine in a lock file, by name, as `read`."""
+    return _read(path).local
+
+
+def _read(path: Path) -> LockFile:
     try:
         entry = path.stat()
     except (FileNotFoundError, NotADirectoryError):
-        return {}
+        return LockFile(sources={})
     # The version is part of the cache's key, so a lock file that was written anew is read anew.
     return _read_version(path, (entry.st_ino, entry.st_size, entry.st_mtime_ns))
 
 
 @lru_cache(maxsize=8)
-def _read_version(path: Path, version: tuple[int, int, int]) -> Mapping[str, LockedSource]:
+def _read_version(path: Path, version: tuple[int, int, int]) -> LockFile:
     title = f"lock file {escaped(path.name, 80)}"
     try:
         content = read_file(path, title, LOCK_BYTES)
         raw = parse_yaml(content, title, LOCK_VALUES)
         try:
-            sources = LockFile.model_validate(raw).sources
+            lock = LockFile.model_validate(raw)
         except ValidationError as error:
             raise explain(error, LockFile, title, raw) from None
-        for name, source in sources.items():
+        for name, source in lock.sources.items():
             source.require_rows(f"{title}: source {name}")
         if not content.endswith(END.encode()):
             raise RecipeError(f"{title}: does not end with the line `...`, so it is cut short")
     except RecipeError as error:
         # Never written over: it has the commits that were pinned, and newer ones are other data.
         raise RecipeError(f"{error}; restore it, or remove it and pin anew by `atom pin RECIPE`") from None
-    return sources
+    return lock
 
 
-def write(path: Path, sources: Mapping[str, LockedSource]) -> None:
+def write(path: Path, entries: Mapping[str, LockedSource | LocalSource]) -> None:
     """Replaces a lock file. Raises RecipeError if its folder cannot be written."""
-    text = [HEADER, "sources:\n"]
-    for name, source in sorted(sources.items()):
-        text.append(f"  {name}:\n")
-        text += [
-            f"    {field}: {json.dumps(value, ensure_ascii=False)}\n"
-            for field, value in source.model_dump(exclude={"files", "probe"}).items()
-        ]
-        if source.probe:
-            # JSON is YAML, and quotes what YAML would take for something else than text.
-            probe = json.dumps(source.probe.model_dump(exclude_defaults=True), ensure_ascii=False, indent=2)
-            text.append(f"    probe: {indent(probe, '      ').lstrip()}\n")
-        # A line for each file, so that a diff shows which files another revision has changed.
-        text += ["    files: |\n", *(f"      {line}\n" for line in source.files.splitlines())]
+    text = [HEADER]
+    for section, kind in (("sources", LockedSource), ("local", LocalSource)):
+        sources = {name: entry for name, entry in sorted(entries.items()) if isinstance(entry, kind)}
+        text.append(f"{section}:\n" if sources else f"{section}: {{}}\n")
+        for name, source in sources.items():
+            text += [f"  {name}:\n", *_lines_of(source)]
     text.append(END)
     try:
         atomic_files.write(path, "".join(text))
@@ -187,6 +232,20 @@ def write(path: Path, sources: Mapping[str, LockedSource]) -> None:
             f"{escaped(str(path), 200)} cannot be written ({error.strerror}); copy the data recipe to a folder of "
             "yours, and name it by its path"
         ) from None
+
+
+def _lines_of(source: LockedSource | LocalSource) -> Iterator[str]:
+    """Yields the lines of an entry."""
+    for field, value in source.model_dump(exclude={"files", "probe"}).items():
+        yield f"    {field}: {json.dumps(value, ensure_ascii=False)}\n"
+    if source.probe:
+        # JSON is YAML, and quotes what YAML would take for something else than text.
+        probe = json.dumps(source.probe.model_dump(exclude_defaults=True), ensure_ascii=False, indent=2)
+        yield f"    probe: {indent(probe, '      ').lstrip()}\n"
+    if isinstance(source, LockedSource):
+        # A line for each file, so that a diff shows which files another revision has changed.
+        yield "    files: |\n"
+        yield from (f"      {line}\n" for line in source.files.splitlines())
 
 
 def resolve(name: str, repo: str, revision: str, pattern: str) -> LockedSource:

@@ -59,10 +59,11 @@ class Probe(Config):
 
     settings: Sha256
     """digest of the settings of reader and steps and of the versions of their stages; with others it counts as none"""
-    sampled: Literal["heads", "row groups"]
-    """heads: the beginnings of files, which are compressed as a whole; row groups: first rows of random row groups"""
+    sampled: Literal["heads", "row groups", "files"]
+    """heads: the beginnings of files, which are compressed as a whole; row groups: first rows of random row groups;
+    files: documents of random files on this machine"""
     pieces: Count
-    """heads or row groups that were read"""
+    """heads, row groups or files that were read"""
     bytes_per_token: BytesPerToken
     """bytes of text in a token"""
     tokens_by: Annotated[

@@ -138,6 +138,15 @@ def resolve_tree_digest(source: Source) -> str:
     return _digest_of(source, files)
 
 
+def require_tree(source: Source, digest: str, files: int) -> None:
+    """Raises RecipeError if a source is pinned to another tree digest than that of its files."""
+    if source.tree_digest not in ("auto", digest):
+        raise RecipeError(
+            f"source {source.name}: tree_digest is pinned to {source.tree_digest} but the {files} files here give "
+            f"{digest}; restore the pinned files, or change the pin"
+        )
+
+
 def require_generator(source: Source, files: Files) -> None:
     """Raises RecipeError if the files of a source's generator do not have the pinned digest."""
     assert isinstance(source.reader, Generated)

@@ -57,7 +57,7 @@ from stages.tasks.eval_set import texts_of
 if TYPE_CHECKING:
     from stages.data.curate.decontamination import ContaminationIndex
 
-VERSION = 4
+VERSION = 5
 
 
 class FilteredSource(Config):

@@ -55,7 +55,7 @@ from stages.tasks import Row, bin_of, question
 from stages.tasks.benchmarks import texts_of as item_texts
 from stages.tasks.eval_set import chat_rows, texts_of
 
-VERSION = 4
+VERSION = 5
 # The verifier that is trained after the tasks are drawn, so that none of its rewards is known.
 TRAINED = "reward-model"
 # The file of the probes of a phase's tasks.

@@ -272,7 +272,8 @@ def test_commands(hub: Hub, tmp_path: Path) -> None:
     data = yaml.safe_load((Path(recipes.__file__).parents[2] / "data_recipes/smoke.yaml").read_text())
     data["sources"] += yaml.safe_load(write_recipe(tmp_path).read_text())["sources"]
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(data))
-    (tmp_path / "release.yaml").write_text(yaml.safe_dump({**body, "data": "mine.yaml"}))
+    # Once they are probed, the few documents of the other sources are known to be read often.
+    (tmp_path / "release.yaml").write_text(yaml.safe_dump({**body, "data": "mine.yaml", "supply": {"max_epochs": 99}}))
     home, release = tmp_path / "home", str(tmp_path / "release.yaml")
     unpinned = "source notes: local/notes is not pinned in mine.lock.yaml; run `atom pin RECIPE`"
     assert f"{unpinned} before running; keys below are provisional" in atom(home, "plan", release).stdout
@@ -280,7 +281,10 @@ def test_commands(hub: Hub, tmp_path: Path) -> None:
         assert atom(home, *command, code=2).stderr == f"atom: {unpinned}\n"
     printed = json.loads(atom(home, "pin", release, "--json").stdout)
     assert printed["lock"] == str(tmp_path / "mine.lock.yaml")
-    assert [(row["name"], row["files"]) for row in printed["sources"]] == [("notes", 4)]
+    pinned = {row["name"]: row for row in printed["sources"]}
+    # Those that are drawn from a seed have no files.
+    assert pinned.keys() == {"code", "docstrings", "notes"} and pinned["notes"]["files"] == 4
+    assert pinned["code"]["tree_digest"].startswith("sha256:") and pinned["code"]["probe"]["kept_tokens"] > 10_000
     plan = json.loads(atom(home, "plan", release, "--json", HF_ENDPOINT="http://127.0.0.1:9").stdout)
     assert plan["absent"] == []
     atom(home, "run", release, "--only", "acquire-notes")
@@ -288,5 +292,7 @@ def test_commands(hub: Hub, tmp_path: Path) -> None:
     assert len(texts(home / "artifacts" / key)) == 8
     (run,) = (home / "logs").glob("*/data_recipes/mine.lock.yaml")
     assert run.read_bytes() == (tmp_path / "mine.lock.yaml").read_bytes()
-    refused = atom(home, "pin", "smoke", code=2).stderr
-    assert refused == "atom: data recipe smoke has no source with the reader hub; there is nothing to pin\n"
+    data["sources"] = [source for source in data["sources"] if source["name"] not in pinned]
+    (tmp_path / "drawn.yaml").write_text(yaml.safe_dump(data))
+    refused = atom(home, "pin", str(tmp_path / "drawn.yaml"), code=2).stderr
+    assert refused == "atom: data recipe drawn has no source with files; there is nothing to pin\n"

@@ -24,7 +24,7 @@ from pipeline.graph.supply import SourceSupply
 from pipeline.hub import client
 from release.commands import pinning as command
 from release.web_page import page
-from stages.data import pinning
+from stages.data import pinning, probing
 from stages.data.acquire import acquire_stage, hub_files, hub_samples
 from stages.data.acquire.source_probe import Probe
 from stages.data.curate import filter_stage
@@ -33,6 +33,7 @@ from stages.data.supply import SupplySection, supplies
 from stages.formats import tokenizer
 from stages.formats.table import ITEMS, write_rows
 from tests.fixtures.hub_fixtures import Hub
+from tests.fixtures.package_fixtures import lock_folder, sdist_of
 
 WORDS = ("the", "quick", "brown", "fox", "jumps", "over", "lazy", "dogs", "while", "seven", "small", "boats", "sail")
 LICENSES = ("CC0-1.0", "MIT", "As is")
@@ -164,6 +165,133 @@ def test_the_beginning_of_a_file(
     assert hub.sent[f"a.jsonl{suffix}"] == head < len(compressed[suffix])
     assert 50 < probe.sampled_documents < 150 and (probe.kept_low, probe.kept_high) == (None, None)
     assert probe.documents == pytest.approx(12_000, rel=0.1) and probe.kept_bytes == pytest.approx(total, rel=0.1)
+
+
+def local(name: str, **reader: Any) -> dict[str, Any]:
+    return source(name) | {"reader": {"path": name, **reader}}
+
+
+def packages(name: str, folder: Path) -> dict[str, Any]:
+    return local(name, reader="packages", path=str(folder), lock=str(lock_folder(folder)), content="documentation")
+
+
+def test_sources_on_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are read and curated as by a run; a folder that is missing has a sentence; what is drawn has no files."""
+    monkeypatch.setenv("ATOM_HOME", str(tmp_path / "home"))
+    for name in ("lines", "tables", "sdists", "more", "empty", "cut", "unreadable"):
+        (tmp_path / name).mkdir()
+    rows = [*pages(0), {**pages(0)[0], "n": -1}, {**pages(1)[0], "text": f"A key: {TOKEN}"}]
+    for n, part in enumerate((rows[:40], rows[40:])):
+        (tmp_path / f"lines/{n}.jsonl.gz").write_bytes(gz(part))
+    (tmp_path / "tables/a.parquet").write_bytes(parquet(pages(2), 20))
+    sdist = {"PKG-INFO": "License-Expression: MIT\n\n"} | {f"doc/{n}.txt": text(n) for n in range(20)}
+    (tmp_path / "sdists/a-1.tar.gz").write_bytes(sdist_of("a-1", sdist))
+    (tmp_path / "sdists/b-1.tar.gz").write_bytes(sdist_of("b-1", {"PKG-INFO": "License: Mine\n\n", "doc/a.md": "# A"}))
+    (tmp_path / "more/c-1.tar.gz").write_bytes(sdist_of("c-1", sdist))
+    absent = packages("absent", tmp_path / "more")
+    (tmp_path / "more/c-1.tar.gz").unlink()
+    (tmp_path / "empty/a.jsonl").write_text("")
+    (tmp_path / "unreadable/a.jsonl").symlink_to("/proc/self/mem")
+    (tmp_path / "cut/d-1.tar.gz").write_bytes(sdist_of("d-1", sdist))
+    drawn = {"reader": "problems", "tasks": {"add": 1.0}, "form": "plain", "count": 9}
+    path = recipe(
+        tmp_path,
+        local("lines", reader="jsonl", license_field="meta.license") | {"heldout_fraction": 0.5},
+        local("tables", reader="parquet", license_field="meta.license"),
+        packages("sdists", tmp_path / "sdists"),
+        absent,
+        local("empty", reader="jsonl"),
+        packages("cut", tmp_path / "cut"),
+        local("unreadable", reader="jsonl"),
+        source("drawn") | {"kind": "problems", "license": "MIT", "reader": drawn},
+    )
+    (tmp_path / "cut/d-1.tar.gz").write_bytes(b"another file")
+
+    with pytest.raises(AtomError) as caught:
+        list(pinning.pin(path))
+    lock = recipes.lock_of(path)
+    entries = hub_files.read_local(lock)
+    probes = {name: entry.probe for name, entry in entries.items() if entry.probe}
+
+    assert str(caught.value).startswith(f"source absent: no package c-1.tar.gz at {tmp_path}/more; ")
+    assert "fetch them by `python -m stages.data.acquire.packages.fetch locked LOCK FOLDER`" in str(caught.value)
+    assert str(caught.value).endswith("; …; 3 of 7 sources are in order") and caught.value.exit_code == 2
+    assert str(tmp_path) not in lock.read_text() and not hub_files.read(lock)
+    assert probes["empty"].problem == "source empty: its sample has no document; check its reader"
+    assert probes["cut"].problem == "source cut: …/d-1.tar.gz is not the file that …/cut.lock.yaml pins; fetch it again"
+    lines = probes["lines"]
+    assert (lines.sampled, lines.pieces, lines.documents, lines.secrets, lines.duplicates) == ("heads", 2, 62, 1, 1)
+    assert {rule: row.documents for rule, row in lines.removed.items()} == {
+        "license/unmapped": 20, "secrets/github_token": 1, "exact_duplicate": 1,
+    }  # fmt: skip
+    kept = sum(len(row["text"].encode()) for n, row in enumerate(pages(0)) if n % 3 < 2)
+    assert (lines.kept_low, lines.kept_bytes, lines.kept_high) == (kept, kept, kept)
+    assert lines.fields == {"text": "str", "meta": "object of license", "n": "int"} and lines.languages["en"] > 0.99
+    assert probes["tables"].documents == 60 and probes["tables"].fields["text"] == "string"
+    sdists = probes["sdists"]
+    assert (sdists.sampled, sdists.pieces, sdists.documents, sdists.kept_documents) == ("files", 2, 21, 20)
+    assert {row.license: row.share for row in sdists.licenses} == {"MIT": 0.952381, "": 0.047619}
+    assert sdists.removed["license/unmapped"].documents == 1
+
+    before = lock.read_bytes()
+    with pytest.raises(AtomError):
+        list(pinning.pin(path))
+    assert lock.read_bytes() == before
+    asked = {"pretrain": {"lines": 10.0, "sdists": 10.0, "drawn": 10.0}}
+    supply = {row.source: row for row in supplies(SupplySection(), load(path), asked)}
+    assert [supply[name].basis for name in asked["pretrain"]] == ["probed", "probed", "unknown"]
+    assert supply["lines"].tokens == lines.kept_tokens / 2 and not supply["lines"].lacks_probe
+    report = tmp_path / "report.html"
+    with pytest.raises(AtomError):
+        command.pin(str(path), report=report, no_sample=True, as_json=True)
+    assert "<td>files here</td>" in report.read_text()
+
+    # With other files, the probe is not that of the source.
+    (tmp_path / "lines/1.jsonl.gz").write_bytes(gz(pages(3)))
+    assert load(path).sources[0].probe is None and load(path).sources[1].probe == probes["tables"]
+    with pytest.raises(AtomError):
+        list(pinning.pin(path))
+    assert (again := load(path).sources[0].probe) and again.documents == 100
+    pinned = local("lines", reader="jsonl") | {"tree_digest": entries["lines"].tree_digest}
+    with pytest.raises(AtomError, match="source lines: tree_digest is pinned to sha256:.* but the 2 files here give "):
+        list(pinning.pin(recipe(tmp_path, pinned)))
+
+
+@pytest.mark.parametrize(("name", "most"), [("sdists", 2**14), ("web", 2**16)])
+def test_a_part_of_large_files_on_this_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, most: int
+) -> None:
+    """Of packages, a random share of the members is read; of WARC files the first pages, and the rest by their size."""
+    monkeypatch.setenv("ATOM_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(probing, "PIECE_TEXT", most)
+    folder = tmp_path / name
+    folder.mkdir()
+    for part in range(3):
+        texts = [text(1000 * part + n, 400) for n in range(150)]
+        if name == "sdists":
+            files = {f"doc/{n}.txt": each for n, each in enumerate(texts)}
+            content = sdist_of(f"a-{part}", {"PKG-INFO": "License-Expression: MIT\n\n", **files})
+            (folder / f"a-{part}.tar.gz").write_bytes(content)
+        else:
+            (folder / f"{part}.warc").write_bytes(b"".join(map(page_record, texts)))
+    described = packages(name, folder) if name == "sdists" else local(name, reader="warc")
+
+    list(pinning.pin(path := recipe(tmp_path, described)))
+
+    probe = hub_files.read_local(recipes.lock_of(path))[name].probe
+    assert probe is not None and (probe.pieces, probe.problem) == (3, "")
+    assert 60 < probe.sampled_documents < 300 and probe.documents == pytest.approx(450, rel=0.2)
+    assert probe.kept_low is not None and probe.kept_high is not None
+    assert probe.kept_low < probe.kept_bytes < probe.kept_high
+
+
+def page_record(body: str) -> bytes:
+    """A page of a WARC file."""
+    html = f"<html><body><article><p>{body}</p></article></body></html>".encode()
+    content = b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\n\r\n" + html
+    header = f"WARC/1.0\r\nWARC-Type: response\r\nWARC-Target-URI: https://a.example/{len(html)}\r\n"
+    header += f"Content-Type: application/http\r\nContent-Length: {len(content)}\r\n\r\n"
+    return header.encode() + content + b"\r\n\r\n"
 
 
 def test_a_second_pin_requests_no_sample_again(hub: Hub, tmp_path: Path) -> None:
@@ -348,6 +476,7 @@ def test_licenses_that_are_missing_or_change_between_files(hub: Hub, tmp_path: P
 
     assert odd["turned"].licenses[0].string == ("\\u202e" * 200)[:199] + "…" and said.isprintable()
     assert "source none: no sampled row states a license in terms (fields: " in failure
+    assert "license removes" not in failure, "it is the reason why a rule removes all"
     assert probes["none"].removed["license/unmapped"].documents == 60 and probes["none"].kept_tokens == 0
     assert "source mixed: no license string of b.json.gz is known, such as 'Terms of Use'" in failure
     assert "those of other files are" in failure and probes["mixed"].kept_tokens > 0
@@ -365,7 +494,7 @@ def test_rows_of_a_hundred_megabytes(hub: Hub, tmp_path: Path, monkeypatch: pyte
     probes, failure = probed(path)
 
     assert "a.json.gz of local/lines@" in failure and "its first line is longer than" in failure
-    assert "its rows have 1 MB each, too much for a sample" in failure
+    assert "its rows have 1 MB each, too much for a sample; leave the file out by reader.pattern, or state" in failure
     assert {name: probe.sampled_documents for name, probe in probes.items()} == {"lines": 0, "groups": 0}
 
 

@@ -411,6 +411,7 @@ def test_the_command_line_says_it_and_exits_with_2(tmp_path: Path) -> None:
         ({"reader": {"reader": "jsonl", "path": "x", "limt": 3}}, "limt is not a field; did you mean limit?"),
         ({"steps": [{"step": "language", "languages": ["xx"]}]}, "is no language that lid.176 knows"),
         ({"steps": [{"step": "language", "languages": []}]}, "at least 1 item"),
+        ({"steps": [{"step": "language", "languages": ["english"]}]}, "recipe d: sources.notes.steps.0.languages.0 = 'english' has 7"),
         ({"steps": [{"step": "code_shape", "min_lines": 9, "max_lines": 3}]}, "nothing would be kept"),
         ({"steps": [{"step": "python_syntax"}] * 101}, "at most 100 items"),
         ({"steps": [{"block": "datatrove.x.Y", "n": 2**60}]}, "cannot be handed on"),

@@ -288,6 +288,10 @@ class Reader(Config):
         """Returns the reader with the lock file of its data recipe, which may be missing."""
         return self
 
+    def thinned(self, share: float) -> Reader | None:
+        """Returns a reader of a random share of the documents, to which the others cost little; None without one."""
+        return None
+
     def inspect(self) -> str | None:
         """Imports what the reader needs, and returns a note on it for `atom validate`.
 

@@ -18,6 +18,7 @@ from stages.data.acquire.packages.stated_licenses import License
 from stages.data.acquire.packages.texts import Content, NotText, content_of, decoded, plain_text, spdx_tag
 from stages.data.acquire.readers.base import Document, Failed, FileReader, Files, Notice, Read, Unmapped, Unreadable
 from stages.formats.file_digests import file_digests
+from stages.formats.seeds import seed_of
 
 # The license of a file of a package, by its path.
 LicenseOf = Callable[[str], License]
@@ -40,6 +41,7 @@ class Packages(FileReader):
     """lock file of the packages: name, version, SHA-256, size and origin of each"""
     content: Content
     """files to read: documentation without its markup, or source code, by suffix"""
+    _share: float = 1.0
 
     @property
     def names_files(self) -> bool:
@@ -99,6 +101,12 @@ class Packages(FileReader):
         for name, path in files:
             yield from self._documents_of(locked[name], path)
 
+    def thinned(self, share: float) -> Packages:
+        """Returns the reader of a share of the text files, by a hash of their names."""
+        reader = self.model_copy()
+        reader._share = share
+        return reader
+
     @property
     def has_notices(self) -> bool:
         return True
@@ -125,7 +133,9 @@ class Packages(FileReader):
         paths = set[str]()
 
         def is_wanted(path: str) -> bool:
-            return content_of(path.removesuffix(".gz")) == self.content
+            if content_of(path.removesuffix(".gz")) != self.content:
+                return False
+            return self._share >= 1 or seed_of(f"{package.file}/{path}", 0) < self._share * 2**64
 
         try:
             license_of = _debian_licenses(path) if is_debian else _python_licenses(path)
