@@ -161,14 +161,16 @@ class HubTasks(TaskSource):
 
     def _read(self) -> Iterator[DataRow]:
         """Yields the rows that can be read."""
+        from pipeline.hub.limits import Slot
         from stages.data.acquire import hub_files
 
         settings = self.model_dump(include={"repo", "revision", "pattern", "format", "path"})
         name, reader = f"tasks {self.bins()[0]}", Hub(reader="hub", **settings).absolute(Path())
         locked = hub_files.resolve(name, self.repo, self.revision, self.pattern)
         files = [(file.path, reader.place(file)) for file in locked.rows()]
-        for file, (_, path) in zip(locked.rows(), files, strict=True):
-            hub_files.pull(name, locked, file, path)
+        with Slot() as slot:
+            for file, (_, path) in zip(locked.rows(), files, strict=True):
+                hub_files.pull(name, locked, file, path, slot)
         columns = (self.question_field, self.answer_field, self.solution_field, self.setup_field)
         reader_of_files = FORMATS[self.format].model_validate({"reader": self.format, "path": "."})
         read = reader_of_files.rows(files, list(filter(None, columns)))
