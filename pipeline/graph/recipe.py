@@ -142,7 +142,7 @@ def mistakes(error: ValidationError, model: type[BaseModel], raw: Any = None) ->
 def _rows(error: ValidationError) -> list[Any]:
     """Returns the errors of a validation; not that of a list which is short because of the errors of its items."""
     rows = error.errors()
-    parents = {row["loc"][:-1] for row in rows}
+    parents = {row["loc"][:length] for row in rows for length in range(len(row["loc"]))}
     return [row for row in rows if row["type"] != "too_short" or row["loc"] not in parents]
 
 

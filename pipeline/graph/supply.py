@@ -30,8 +30,8 @@ class SourceSupply:
     lacks_probe: bool
     # The kind of its text: the pipeline that curates it, or prose, code and so on.
     text: str = ""
-    # Core hours to filter a billion tokens that are read; None if they are not known.
-    curation_core_hours: float | None = None
+    # Core hours to filter a billion tokens that are read.
+    curation_core_hours: float = 0.0
 
     @property
     def epochs(self) -> float | None:
@@ -64,8 +64,7 @@ def curation_costs(rows: Sequence[SourceSupply]) -> list[str]:
     """Returns a sentence for each kind of text on what curation costs, sources of equal cost together."""
     kinds: dict[str, dict[str, list[str]]] = {}
     for row in rows:
-        if row.curation_core_hours is not None:
-            kinds.setdefault(row.text, {}).setdefault(f"{row.curation_core_hours:.2f}", []).append(row.source)
+        kinds.setdefault(row.text, {}).setdefault(f"{row.curation_core_hours:.2f}", []).append(row.source)
     return [
         f"curation of {text}, core hours per billion tokens read: "
         + "; ".join(f"{hours} {', '.join(names)}" for hours, names in costs.items())

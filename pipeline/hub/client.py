@@ -136,12 +136,14 @@ class RetryingClient:
 
         def download() -> Any:
             slot.request(2)  # for what the Hub says of the file, and for the file
+            bar = Bar if bounded else None
             return self.client.hf_hub_download(
-                repo, path, repo_type=kind, revision=commit, local_dir=folder, tqdm_class=Bar
+                repo, path, repo_type=kind, revision=commit, local_dir=folder, tqdm_class=bar
             )
 
         # Xet opens connections of its own, whose rate nothing here bounds, but it alone reads the largest files.
-        with without_xet(bool(slot.limits.bytes_per_second) and size <= FILE_BYTES):
+        bounded = bool(slot.limits.bytes_per_second) and size <= FILE_BYTES
+        with without_xet(bounded):
             return Path(self._retrying(download)())
 
     def read_range(
@@ -149,7 +151,8 @@ class RetryingClient:
     ) -> bytes:
         """Returns a range of the bytes of a file of a commit, at the rates of a slot; no others are requested.
 
-        Raises OSError if the Hub sends others, and MachineError after the deadline, a time of `time.monotonic`.
+        Raises OSError if the Hub sends others, and MachineError after the deadline, a time of `time.monotonic`
+        to which the waits of the slot are added.
         """
         hub = load()
         url = hub.hf_hub_url(repo, path, repo_type=kind, revision=commit, endpoint=self.client.endpoint)
@@ -169,7 +172,7 @@ class RetryingClient:
                     data += chunk
                     if len(data) > len(span):
                         break
-                    if time.monotonic() > deadline:
+                    if time.monotonic() - slot.waited > deadline:
                         raise MachineError(f"{endpoint()} is too slow; run the same command again to go on")
             if len(data) != len(span):
                 raise OSError(f"{len(data)} bytes in place of {len(span)}")
@@ -456,7 +459,7 @@ class RangedFile:
         self.left -= len(span)
         if self.left < 0:
             raise AtomError(f"{self.title}: a sample needs too many bytes of it; its rows are too long")
-        if time.monotonic() > self.deadline:
+        if time.monotonic() - self.slot.waited > self.deadline:
             raise MachineError(f"{self.title}: no time is left; run the same command again to go on")
         self.position = span.stop
         with translate_errors(self.title):

@@ -13,6 +13,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -325,9 +326,10 @@ class Measurement:
 def _position(path: Path) -> int | None:
     """Returns how many bytes are read of a file that a reader has open; None if it has not."""
     for entry in Path("/proc/self/fd").iterdir():
-        # The folder is a descriptor itself, and is closed by now.
-        if entry.exists() and entry.samefile(path):
-            return os.lseek(int(entry.name), 0, os.SEEK_CUR)
+        # Other threads close theirs meanwhile, and that of the folder is closed by now.
+        with suppress(FileNotFoundError):
+            if entry.samefile(path):
+                return os.lseek(int(entry.name), 0, os.SEEK_CUR)
     return None
 
 

@@ -84,7 +84,7 @@ def test_core_hours_of_a_billion_tokens_follow_from_the_steps() -> None:
     law, seconds = estimates.LAWS["filter"].seconds_per_mb, estimates.STEP_SECONDS
     by_hand = (law + seconds["code_shape"] + seconds["PIIFormatter"]) * 4000 / 3600
     assert rows["code"].text == "code" and rows["code"].curation_core_hours == pytest.approx(by_hand)
-    assert rows["web"].text == "web" and (rows["web"].curation_core_hours or 0) > 2 * by_hand
+    assert rows["web"].text == "web" and rows["web"].curation_core_hours > 2 * by_hand
     sentences = supply.curation_costs(list(rows.values()))
     (code,) = [each for each in sentences if each.startswith("curation of code,")]
     assert f"{by_hand:.2f} code" in code

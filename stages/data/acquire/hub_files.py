@@ -1,6 +1,6 @@
 """Files of dataset repositories of the Hub: the lock file that pins them, and pulling them.
 
-The lock file also has what samples of sources on this machine say, whose files no Hub states.
+For a source with files on this machine, the lock file has their tree digest, and what a sample of them says.
 
 `atom pin` writes the lock file beside a data recipe from what the Hub states: for each source its revision, and the
 size and digest of every file. So plans need no network, and keys are known before a byte is pulled. A digest is that of
@@ -290,6 +290,7 @@ def pull(source: str, locked: LockedSource, file: LockedFile, target: Path, slot
         # Several tasks may need one file; the others wait instead of pulling it again.
         lease = Lease.take(target.parent)
         if lease is None:
+            slot.release()
             time.sleep(POLL)
             continue
         try:

@@ -185,11 +185,29 @@ def test_requests_are_spread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         for _ in range(6):
             slot.request()
     assert time.monotonic() - start >= 0.6, "ten a second for each of two slots, and the slot is kept until then"
+    assert slot.waited >= 0.4, "what a deadline of the reading does not count"
     for value in ("many", "-1", "0", "1e3", "99999999999999"):
         monkeypatch.setenv(limits.SLOTS, value)
         with pytest.raises(AtomError, match=f"ATOM_HUB_SLOTS = '{value}' is no whole number from 1 to 1000") as caught:
             Slot()
         assert caught.value.exit_code == 2
+
+
+def test_a_slot_leaves_few_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ATOM_HOME", str(tmp_path))
+    monkeypatch.setenv(limits.SLOTS, "1")
+    for _ in range(110):
+        with Slot() as slot:
+            slot.take()
+    left = sorted(int(path.suffix[1:]) for path in (tmp_path / "hub-slots/0").glob("lease.*"))
+    assert left == list(range(left[0], left[0] + len(left))) and len(left) <= 101
+
+
+def test_slots_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ATOM_HOME", str(tmp_path))
+    (tmp_path / "hub-slots").touch()
+    with pytest.raises(MachineError, match="hub-slots/[0-7] cannot be written .*; check ATOM_HOME"):
+        Slot().take()
 
 
 def test_a_wait_for_a_slot_can_be_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -427,7 +427,7 @@ def test_data_recipes_have_bounds(tmp_path: Path, change: dict[str, Any], senten
     with pytest.raises(RecipeError) as error:
         data_recipes.load(path).present()
     require_sentence(str(error.value))
-    assert sentence in str(error.value)
+    assert sentence in str(error.value) and "(and " not in str(error.value), "one mistake"
 
 
 @pytest.mark.parametrize(

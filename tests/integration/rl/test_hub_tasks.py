@@ -13,6 +13,7 @@ import pytest
 
 from pipeline.core.errors import AtomError, RecipeError
 from pipeline.core.stage import identity
+from pipeline.core.store import home_folder
 from stages.rl.protocols import Response, make_verifier
 from stages.rl.rollout.tasks import TasksConfig
 from tests.fixtures.hub_fixtures import REPO, Hub, hub
@@ -61,6 +62,7 @@ def test_mathematics(hub: Hub, tmp_path: Path) -> None:
     commit = commit_rows(hub, rows)
     assert len(list(source(commit, count=50).rows(0, set()))) == len(SUMS)
     tasks = list(source(commit).rows(0, set()))
+    assert list(home_folder().glob("hub-slots/*/lease.*")), "reading took a slot"
     commit_rows(hub, [])
     assert tasks == list(source(commit).rows(0, set())) != list(source(commit).rows(1, set()))
     assert [task["id"] for task in tasks] == [f"sums/1/{n:06d}" for n in range(5)]

@@ -289,7 +289,7 @@ class Reader(Config):
         return self
 
     def thinned(self, share: float) -> Reader | None:
-        """Returns a reader of a random share of the documents, to which the others cost little; None without one."""
+        """Returns a reader that reads a random share of the documents and skips the others cheaply; None: it cannot."""
         return None
 
     def inspect(self) -> str | None:
