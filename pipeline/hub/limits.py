@@ -21,8 +21,8 @@ from pipeline.core.store import home_folder
 from pipeline.core.text import shown
 
 SLOTS, MEGABYTES, REQUESTS = "ATOM_HUB_SLOTS", "ATOM_HUB_MB_PER_SECOND", "ATOM_HUB_REQUESTS_PER_MINUTE"
-# {variable: (default, least, most)}. 400 MB/s are a third of a link of 10 Gb/s. The Hub answers 3,000 requests for files
-# in five minutes without a token, and more with one (https://huggingface.co/docs/hub/rate-limits, as of 2026-09).
+# {variable: (default, least, most)}. 400 MB/s are a third of a link of 10 Gb/s. The Hub answers 3,000 requests for
+# files in five minutes without a token, and more with one (https://huggingface.co/docs/hub/rate-limits, as of 2026-09).
 VARIABLES = {SLOTS: (8, 1, 1000), MEGABYTES: (400, 0, 10**6), REQUESTS: (600, 0, 10**6)}
 # Seconds between two looks for a free slot. A task looks at one of them, since many may wait.
 POLL = 1.0
