@@ -10,23 +10,24 @@ from pipeline.core.bounds import Range, Text
 from pipeline.core.stage import Config, Estimate, Published
 
 # Core seconds a MB of curation steps with atom's words, beside the law of `filter` (`bench/filters.py --steps`): of
-# prose or code, and of settings that packaged data recipes have, those that take longer.
+# prose or code, and of settings that packaged data recipes have, those that take longer. Of `python_syntax`,
+# `code_shape`, `PIIFormatter`, `RegexFilter` and `URLFilter` on a busy machine, so perhaps too high.
 STEP_SECONDS = {
-    "language": 0.27,
-    "top_n_grams": 0.11,
-    "GopherRepetitionFilter": 0.28,
-    "GopherQualityFilter": 0.12,
-    "FineWebQualityFilter": 0.055,
-    "C4QualityFilter": 0.17,
+    "language": 0.18,
+    "top_n_grams": 0.09,
+    "GopherRepetitionFilter": 0.16,
+    "GopherQualityFilter": 0.06,
+    "FineWebQualityFilter": 0.035,
+    "C4QualityFilter": 0.09,
     "PIIFormatter": 0.07,
     "RegexFilter": 0.03,
     "URLFilter": 0.011,
     "classifier": 0.05,
     "code_shape": 0.13,
-    "personal_numbers": 0.11,
+    "personal_numbers": 0.1,
     "python_syntax": 0.35,
-    "repeated_lines": 0.03,
-    "scan": 0.22,
+    "repeated_lines": 0.02,
+    "scan": 0.14,
 }
 # Core seconds a MB that the words of spaCy add.
 SPACY_SECONDS = 1.6
