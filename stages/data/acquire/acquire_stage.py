@@ -300,8 +300,8 @@ class _Selection:
         import numpy as np
 
         # The first pass reads the ids alone, to find the limit-th smallest hash.
-        found = documents_of(self.config.source, self.config.seed, self.files, Counter())
-        readable = (each for each in found if not isinstance(each, Unreadable))
+        documents = documents_of(self.config.source, self.config.seed, self.files, Counter())
+        readable = (each for each in documents if not isinstance(each, Unreadable))
         ids = (f"{self.config.source.name}/{document.name}" for document in readable)
         hashes = np.frombuffer(array("Q", map(self._hash, ids)), np.uint64)
         return 2**64 if hashes.size <= limit else int(np.partition(hashes, limit - 1)[limit - 1])

@@ -110,7 +110,7 @@ class LockedSource(Config):
 
     @property
     def content(self) -> tuple[str, ...]:
-        """What two entries of the same files have alike."""
+        """The fields by which entries of the same files are equal."""
         return self.repo, self.files
 
     @property
@@ -161,7 +161,7 @@ class LocalSource(Config):
 
     @property
     def content(self) -> tuple[str, ...]:
-        """What two entries of the same files have alike."""
+        """The fields by which entries of the same files are equal."""
         return (self.tree_digest,)
 
 

@@ -122,10 +122,10 @@ def test_a_probe_that_is_cut_says_so_and_keeps_what_it_learnt(hub: Hub, tmp_path
 
     hub.behavior = cut
     home = tmp_path / "home"
-    said = atom(home, "pin", str(path), code=2).stderr
+    stderr = atom(home, "pin", str(path), code=2).stderr
 
-    assert said.startswith("atom: source notes: reading ") and said.count("\n") == 1
-    assert "interrupts or corrupts its answer" in said and said.endswith("; 1 of 2 sources are in order\n")
+    assert stderr.startswith("atom: source notes: reading ") and stderr.count("\n") == 1
+    assert "interrupts or corrupts its answer" in stderr and stderr.endswith("; 1 of 2 sources are in order\n")
     learnt = hub_files.read(recipes.lock_of(path))
     assert learnt["notes"].probe and learnt["notes"].probe.pieces == 1 and len(learnt["notes"].rows()) == 3
     assert learnt["other"].probe and not learnt["other"].probe.problem
