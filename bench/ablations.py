@@ -5,8 +5,8 @@
     .venv/bin/python bench/ablations.py --quick                               # 30 steps of one seed, to try it
     .venv/bin/python bench/ablations.py --plan bench/rlvr_seeds.yaml          # the questions of another file
 
-All runs read the same data: those of the base or of the plan's `data`, and the plan's `more_sources`. Both arms of a
-pair have the same training seed, so the same initial weights and rows as far as the setting leaves them equal.
+All runs read the same data: those of the base or of the plan's `data`. Both arms of a pair have the same training
+seed, so the same initial weights and rows as far as the setting leaves them equal.
 The effect is the difference of the last held-out losses of a phase, arm minus control, in nats a token: below 0 the arm
 is better. A question may name another figure, and another phase for its control. The 95 % interval is over seeds
 (Student's). At this size an effect gives a sign, and no figure at scale.
@@ -141,11 +141,6 @@ def main() -> int:
         folder = home / "recipes"
         folder.mkdir(parents=True, exist_ok=True)
         base["data"] = str(data)
-        if "more_sources" in body:
-            sources = yaml.safe_load(data.read_text("utf-8"))
-            sources["sources"] += body["more_sources"]
-            base["data"] = str(folder / "data.yaml")
-            (folder / "data.yaml").write_text(yaml.safe_dump(sources, sort_keys=False))
 
         def measure(question: Question, arm: str, seed: int) -> float:
             is_arm = arm == "arm"

@@ -1,8 +1,9 @@
-"""The curriculum: draws tasks from bins of one kind and level, weighted by the signal that the pass rate predicts.
+"""The curriculum: draws tasks from bins of one kind and level, weighted by size and by the signal expected.
 
 A group of answers has the most signal if half of them pass (the variance of a coin, p(1 - p)) and none if all or none
-do. Levels of a kind open one after another: the next one as soon as the pass rate of the one below reaches UNLOCK. The
-state is plain JSON and part of every checkpoint.
+do. Every bin is drawn from the start, and never quite left: a level that is too hard today gets its turn when others
+have taught enough of it, and a level that teaches nothing stops no other. The state is plain JSON and part of every
+checkpoint.
 """
 
 from __future__ import annotations
@@ -15,9 +16,7 @@ from pipeline.core.errors import AtomError, RecipeError
 from stages.formats.seeds import seed_of
 from stages.tasks import Row, bin_of
 
-# The pass rate at which the next level of a kind is unlocked.
-UNLOCK = 0.7
-# The least weight of an unlocked bin; the most is 1.
+# The least signal that a bin is taken to have; the most is 1.
 FLOOR = 0.05
 # The weight of the newest group in the moving average of the pass rate of its bin.
 NEWEST = 0.1
@@ -67,28 +66,16 @@ class Curriculum:
             )
         self.state = {name: bin_state.copy() for name, bin_state in state.items()}
 
-    def open_bins(self) -> list[str]:
-        """Returns the open bins, by name: of each kind the levels up to the first whose pass rate is below UNLOCK."""
-        if self.uniform:
-            return sorted(self.bins)
-        kinds: dict[str, list[tuple[int, str]]] = {}
-        for name, rows in self.bins.items():
-            kinds.setdefault(str(rows[0]["kind"]), []).append((int(rows[0]["level"]), name))
-        names = []
-        for levels in kinds.values():
-            for _, name in sorted(levels):
-                names.append(name)
-                # The first level that is not mastered ends the open ones.
-                if (self.state[name]["rate"] or 0.0) < UNLOCK:
-                    break
-        return sorted(names)
-
     def weights(self) -> dict[str, float]:
-        """Returns the weight of each open bin: 4 p (1 - p), which is 1 for an unknown p, and at least the floor."""
+        """Returns the weight of each bin: its number of tasks, times 4 p (1 - p).
+
+        That factor is 1 for an unknown p, and at least the floor.
+        """
         if self.uniform:
-            return dict.fromkeys(self.open_bins(), 1.0)
-        rates = {name: self.state[name]["rate"] for name in self.open_bins()}
-        return {n: 1.0 if p is None else max(FLOOR, 4 * p * (1 - p)) for n, p in rates.items()}
+            return dict.fromkeys(self.state, 1.0)
+        rates = {name: bin_state["rate"] for name, bin_state in self.state.items()}
+        signals = {name: 1.0 if p is None else max(FLOOR, 4 * p * (1 - p)) for name, p in rates.items()}
+        return {name: len(self.bins[name]) * signal for name, signal in signals.items()}
 
     def draw(self, count: int, step: int, wave: int) -> list[Row]:
         """Returns `count` tasks for a wave of a step. Each bin is read in a seeded order, and repeated from its end."""

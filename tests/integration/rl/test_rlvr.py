@@ -52,17 +52,12 @@ def calm(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.numeric
-def test_the_policy_learns(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("stages.rl.rollout.curriculum.UNLOCK", 0.5)
+def test_the_policy_learns(place: Path, tmp_path: Path) -> None:
     settings = rl_fixtures.config(steps=36, release_checkpoint_interval=36)
     rl_fixtures.rlvr(place, tmp_path / "work", tmp_path / "out", settings)
     lines = rl_fixtures.lines(tmp_path / "out")
     passed = [x["rates"]["letter/0"] for x in lines if "rates" in x]
     assert passed[-1] > passed[0] + 0.15, passed  # by 0.55 or more over 8 seeds
-    # the second level opened once the first was passed often enough, and not before
-    opened = next(i for i, x in enumerate(lines) if x.get("rates", {}).get("letter/1") is not None)
-    before = [x["rates"]["letter/0"] for x in lines[:opened] if "rates" in x]
-    assert max(before) >= 0.5 > min(before)
 
 
 def test_every_answer_is_kept_and_says_what_became_of_it(calm: Path) -> None:
