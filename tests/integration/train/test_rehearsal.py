@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -252,10 +254,15 @@ def test_the_release_has_the_rehearsals(smoke_home: Path, tmp_path: Path) -> Non
 
     gate = json.loads((folder / "evidence/gates.json").read_text())["rehearsals"]
     assert gate == {"ok": True, "detail": "3 phases were rehearsed, with an equal step after a restart"}
+    second = [sys.executable, str(folder / "evidence/independent_verifier.py"), str(folder)]
+    assert subprocess.run(second, check=False).returncode == 0
     checks = json.loads(atom(home, "verify", str(folder), "--json").stdout)["checks"]
     assert [check["ok"] for check in checks if check["name"] == "rehearsals"] == [True]
     card = (folder / "model/README.md").read_text()
     assert card.count("| 1 | 0, of 1 nodes | bit for bit | ") == 3 and card.count("| no plan |") == 3
+
+    shown = json.loads(atom(home, "show", str(folder), "--json").stdout)["rehearsals"]
+    assert list(shown) == ["pretrain", "midtrain", "sft"] and all(row["tokens_per_s"] > 0 for row in shown.values())
 
     published = folder / "evidence/rehearsals/sft.json"
     body = json.loads(published.read_text())
