@@ -141,6 +141,8 @@ class Rehearsal(TextTrainer):
             for attempt in self.work.glob("attempt-*"):
                 shutil.rmtree(attempt)
             (self.work / NODES).unlink()
+        # A rank that fails first ends the others.
+        self.engine.ranks.barrier()
         return CheckFailed(
             f"the rehearsal of {self.name} failed: {problem}; have the nodes and the file system of $ATOM_HOME "
             "checked, and run again to rehearse from the beginning"
