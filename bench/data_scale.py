@@ -151,6 +151,7 @@ class Silent:
     """A report that nobody reads."""
 
     lease = None
+    planned_tokens_per_s = 0.0
 
     def progress(self, done: int, total: int, unit: str = "steps", **figures: float) -> None: ...
     def metric(self, step: int, **values: float) -> None: ...

@@ -22,10 +22,12 @@ from release.facts.run_facts import (
     Checkpoint,
     Costs,
     Intervention,
+    Rehearsal,
     Trained,
     find_interventions,
     read_changes,
     read_checkpoints,
+    read_rehearsals,
     read_sizes,
     usage_by_stage,
 )
@@ -131,6 +133,11 @@ class Release:
     def interventions(self) -> list[Intervention]:
         """The resumptions from checkpoints of earlier runs."""
         return find_interventions(self.checkpoints)
+
+    @cached_property
+    def rehearsals(self) -> list[Rehearsal]:
+        """The rehearsals of phases, in the order of the phases."""
+        return read_rehearsals(self.root, self.statements.values())
 
     @cached_property
     def costs(self) -> Costs:

@@ -45,6 +45,7 @@ from stages.train.nodes import (
     published_dtype,
     size_nodes,
 )
+from stages.train.rehearsal import with_rehearsals
 
 __all__ = [
     "DATA_RECIPE",
@@ -78,6 +79,7 @@ STAGES = {
     "midtrain": "stages.train.pretrain:MIDTRAIN",
     "sft": "stages.train.pretrain:SFT",
     "merge": "stages.train.merge",
+    "rehearsal": "stages.train.rehearsal_stage",
     "size": "stages.train.smaller_model",
     "tasks": "stages.rl.rollout.tasks",
     "rlvr": "stages.rl.rlvr",
@@ -184,6 +186,7 @@ def compose(recipe: Recipe, store: Store, without_data: bool = False) -> Graph:
     if evaluation.stop_at_gates:
         training = [*(phase.node for phase in phases), *trained_models(post_training)]
         specs = with_gates(specs, measured, training, config.model.context_length, config.sft is not None)
+    specs = list(with_rehearsals(specs, config.rehearsal, phases, config.model, vocabulary))
 
     graph = build_graph(recipe, specs, absent)
     for phase in phases:

@@ -38,6 +38,7 @@ from stages.rl.config import DpoPhase, RewardPhase, RlPhase
 from stages.train.config import LongContext, PhaseConfig, SftPhase
 from stages.train.imported_weights import StartFrom
 from stages.train.nodes import TextPhase
+from stages.train.rehearsal import RehearsalSection
 from stages.train.smaller_model import Sizes
 
 Category = Literal["public", "licensed", "third-party", "crawled", "user", "synthetic", "other"]
@@ -197,6 +198,8 @@ class ReleaseRecipe(Identity):
     """measurements after each phase, and thresholds of the release gates"""
     sizes: Sizes = added(())
     """smaller models of the recipe, pre-trained on the same rows and published beside its model"""
+    rehearsal: RehearsalSection = operational(RehearsalSection())
+    """rehearsal of costly phases before they begin"""
     supply: SupplySection = operational(SupplySection())
     """how often sources may be read, and which are taken without a probe"""
     release: ReleaseSection

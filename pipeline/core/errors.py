@@ -21,6 +21,8 @@ class Kind(StrEnum):
     MACHINE = "machine"
     # A signal stopped the attempt: another attempt resumes.
     STOPPED = "stopped"
+    # The stage asks for a new start of its ranks, on other nodes if there are several.
+    RESTART = "restart"
     # An unexpected exception: one more attempt shows whether it repeats.
     BUG = "bug"
 
@@ -32,6 +34,11 @@ class Kind(StrEnum):
     def final(self) -> bool:
         """True if another attempt would fail in the same way, so that none is made."""
         return self in (Kind.USER, Kind.CHECK)
+
+    @property
+    def orderly(self) -> bool:
+        """True if all ranks end at one point by themselves, so that none has to be told."""
+        return self in (Kind.STOPPED, Kind.RESTART)
 
 
 @dataclass(frozen=True)
@@ -80,6 +87,12 @@ class MachineError(AtomError):
     """An error of the machine that may be gone at the next attempt: a disk, a server, another process."""
 
     kind = Kind.MACHINE
+
+
+class Restart(AtomError):
+    """No error: all ranks of the stage end at one point, to be started again."""
+
+    kind = Kind.RESTART
 
 
 class PeerLost(MachineError):

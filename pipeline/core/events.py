@@ -47,6 +47,8 @@ class FileReport:
         self.figures: dict[str, float] = {}
         # Set by the worker once it holds the lease.
         self.lease: int | None = None
+        # Set by the worker.
+        self.planned_tokens_per_s = 0.0
         # Acquired and never released by the thread that ends the attempt: the main thread, or the one that abandons it.
         self.ending = threading.RLock()
         # Ends the attempt in place of the main thread; the worker sets it.
@@ -141,6 +143,7 @@ class FollowerReport:
 
     def __init__(self, lease: int, fail: Callable[[Failure], object]) -> None:
         self.lease: int | None = lease
+        self.planned_tokens_per_s = 0.0
         # Ends this rank and dismisses the others; the worker sets it.
         self.fail = fail
 

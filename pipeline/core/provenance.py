@@ -123,6 +123,21 @@ class Replayed(TypedDict):
     """the first ten different lines; `fields` is `{name: [logged, now]}`"""
 
 
+class Rehearsed(TypedDict):
+    """What the last start of a rehearsal measured. What it compared is in its artifact."""
+
+    tokens_per_s: FiniteFloat
+    """median over ten steps"""
+    planned_tokens_per_s: FiniteFloat | None
+    """of the plan; null where it has no estimate, as on CPU"""
+    slow: bool
+    """whether that is below `rehearsal.least_of_plan` of the plan"""
+    nodes: int
+    """number of nodes"""
+    moved_ranks: int
+    """ranks that ran on another node after the restart than before it"""
+
+
 class Start(TypedDict):
     """A start of a stage that trains. The stage adds the optional fields, unless it was killed before."""
 
@@ -142,6 +157,8 @@ class Start(TypedDict):
     """as `environment.device`"""
     replayed: NotRequired[Replayed]
     """comparison with the log of the attempt before"""
+    rehearsed: NotRequired[Rehearsed]
+    """of the last start of a rehearsal"""
 
 
 class _Usage(TypedDict):

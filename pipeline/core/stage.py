@@ -96,6 +96,8 @@ class Report(Protocol):
     # The number of the attempt's lease, equal on every rank: a later attempt at the key has a larger one. None if the
     # caller holds no lease, and so makes one attempt at a time.
     lease: int | None
+    # Tokens a second that the plan expects of a stage that trains on GPUs; 0: not planned, or not known to this rank.
+    planned_tokens_per_s: float
 
     def progress(self, done: int, total: int, unit: str = "steps", **figures: float) -> None:
         """Reports the progress of the stage with `figures` (loss, tokens_per_s, ...). Cheap: call it freely."""

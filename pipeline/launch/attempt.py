@@ -23,7 +23,7 @@ from pydantic import TypeAdapter
 from typing_extensions import TypedDict
 
 from pipeline.core import atomic_files, environment, extensions, json_files, provenance
-from pipeline.core.errors import AtomError, Failure, Kind, MachineError
+from pipeline.core.errors import AtomError, Failure, MachineError
 from pipeline.core.events import FileReport
 from pipeline.core.extensions import Installed
 from pipeline.core.lease import Lease, draft_folder
@@ -138,6 +138,7 @@ class Task:
     gpus: int = 0
     watts_per_gpu: float = 0.0
     server_gpus: int = 0  # of all of its servers in jobs of their own
+    planned_tokens_per_s: float = 0.0  # 0: not planned
     extensions: Installed = field(default_factory=Installed)
 
     def load_stage(self) -> Stage:
@@ -229,7 +230,7 @@ class Attempt:
         part: Checkpoint | None = None,
         product: Artifact | None = None,
     ) -> None:
-        failed = isinstance(outcome, Failure) and outcome.kind is not Kind.STOPPED
+        failed = isinstance(outcome, Failure) and not outcome.kind.orderly
         timeout = FAILED_USAGE_SECONDS if failed else USAGE_SECONDS
         # A checkpoint is sealed while the other ranks go on, so their usage is not known yet.
         usages = [Usage.now().since(self.usage_at_start), *([] if part else self.ranks.peer_usages(timeout))]

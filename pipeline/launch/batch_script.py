@@ -73,6 +73,8 @@ class BatchScript:
     relaunch_seconds: int = 0
     # The number of nodes on which srun runs.
     step_nodes: int = 1
+    # The options of srun for nodes and ranks, in a job with spare nodes.
+    step_size: str = ""
     # For servers: the folder of the script of the stage's job, with which they end, and the comment of that job.
     served_folder: str = ""
     served_comment: str = ""
@@ -106,6 +108,7 @@ class BatchScript:
             check_failed={"kind": Kind.CHECK, "exit_code": Kind.CHECK.exit_code},
             failed_exit_code=Kind.USER.exit_code,
             stopped=Kind.STOPPED,
+            moving=Kind.RESTART,
         )
 
 
@@ -223,8 +226,7 @@ class RunScripts:
     def _with_relaunches(self, script: BatchScript, allocation: Allocation) -> BatchScript:
         """Returns the script of a stage's job, which may launch its ranks again, with spare nodes beside theirs."""
         if allocation.spare_nodes:
-            size = f" --nodes={allocation.nodes} --ntasks={allocation.ranks}"
-            script = replace(script, srun_options=script.srun_options + size)
+            script = replace(script, step_size=f"--nodes={allocation.nodes} --ntasks={allocation.ranks}")
         seconds = self.slurm.signal_before_limit_seconds + EARLY_SIGNAL_SECONDS
         relaunches = self.slurm.restarts_in_allocation
         return replace(script, relaunches=relaunches, relaunch_seconds=seconds, step_nodes=allocation.nodes)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Annotated, Literal, Self
@@ -16,7 +16,7 @@ from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from pipeline.core.bounds import Flag, Key, Line, LongLine, Range, Text, Variable, Words
 from pipeline.core.errors import RecipeError
-from pipeline.core.stage import Accelerator, Config, Needs, family
+from pipeline.core.stage import Accelerator, Config, Needs, TrainingTime, family
 from pipeline.core.text import escaped
 from pipeline.core.yaml_text import parse_yaml, read_file
 from pipeline.graph.recipe import explain, find
@@ -491,6 +491,27 @@ class Profile(Config):
             network=gpu.network_gb_s * 1e9,
             watts=self.power.watts_per_gpu,
         )
+
+    def training_rate(
+        self, precision: str, time: Callable[[Accelerator], TrainingTime] | None
+    ) -> Rate | TrainingTime | str:
+        """Returns the source of the time of a training phase: a measured rate, or the model of training time, `time`.
+
+        Without either, returns the reason.
+        """
+        gpu, name = self.gpu, f"cluster profile {self.name}"
+        if gpu is None:
+            return f"{name} has no section gpu, with peaks and bandwidths"
+        if (rate := gpu.rate(precision)) is None:
+            return f"{name} has no rate for {precision} in its section gpu"
+        if rate.utilization is not None:
+            return rate
+        without = f"{name} has no utilization for {precision} in its section gpu, and the model of training time"
+        if time is None or precision == "fp32":
+            return f"{without} knows bf16, FP8 and NVFP4 alone"
+        if (accelerator := self.accelerator) is None:
+            return f"{without} needs bf16, memory_tb_s, nvlink_gb_s and network_gb_s"
+        return time(accelerator)
 
     @property
     def other_python(self) -> bool:

@@ -15,7 +15,7 @@ from typing import Any
 import submitit
 
 from pipeline.core import os_errors
-from pipeline.core.errors import AtomError, Failure, of_kind
+from pipeline.core.errors import AtomError, Failure, Kind, of_kind
 from pipeline.core.events import EventTail, figures_of
 from pipeline.core.lease import holder
 from pipeline.core.progress import Display
@@ -151,8 +151,8 @@ class LocalLauncher:
                     if outcome is None:
                         continue
                     del self.running[name]
-                    # Another process took the lease first, so the stage is looked at again later.
-                    if outcome == "busy":
+                    # Another process took the lease first, or the stage asks for a new start: it is looked at again.
+                    if outcome == "busy" or (isinstance(outcome, Failure) and outcome.kind is Kind.RESTART):
                         waiting.append(name)
                     elif isinstance(outcome, Failure):
                         failures[name] = outcome

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Mapping
 from contextlib import redirect_stderr
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import ParamSpec
@@ -21,6 +22,7 @@ from submitit.core.utils import FailedJobError, FailedSubmissionError
 
 from pipeline.core import source_code
 from pipeline.core.errors import AtomError
+from pipeline.core.stage import TrainingTime
 from pipeline.core.store import Store
 from pipeline.graph import budget
 from pipeline.graph import run as runs
@@ -350,7 +352,23 @@ def task_of(graph: Graph, store: Store, run: Run, node: Node, profile: Profile) 
         gpus=allocation.all_gpus,
         watts_per_gpu=profile.power.watts_per_gpu,
         server_gpus=servers.count * servers.gpus_per_node if servers else 0,
+        planned_tokens_per_s=planned_speed(node, profile, allocation.gpus),
     )
+
+
+def planned_speed(node: Node, profile: Profile, gpus: int) -> float:
+    """Returns the tokens a second that `atom plan` expects of a phase on text; 0 on CPU, or without an estimate."""
+    stage, estimate = node.stage, node.stage.estimate(node.config)
+    training = estimate.training
+    if not gpus or training is None or estimate.served is not None:
+        return 0.0
+    rate = profile.training_rate(training.precision, partial(stage.time, node.config) if stage.time else None)
+    if isinstance(rate, str) or estimate.tokens is None or estimate.flops is None:
+        return 0.0
+    if isinstance(rate, TrainingTime):
+        return estimate.tokens / rate.seconds
+    assert rate.utilization is not None
+    return estimate.tokens * gpus * rate.peak * rate.utilization / (estimate.flops * training.recomputed)
 
 
 def array_of(slurm: Slurm, node: Node) -> int:

@@ -44,7 +44,7 @@ def work(task: Task) -> str:
     outcome = attempt(task, store, Ranks.from_environment(task.ranks, store.logs / task.run / task.node))
     if isinstance(outcome, str):
         return outcome
-    if task.ranks > 1 and outcome.kind is not Kind.STOPPED:
+    if task.ranks > 1 and not outcome.kind.orderly:
         end_process()
     return outcome.text
 
@@ -83,7 +83,7 @@ def attempt(
         outcome = report_failure(error, task.node, task.stage, store)
         ranks.announce(outcome)
     # The other ranks learn of a failure by its announcement, and of any other end here.
-    if isinstance(outcome, str) or outcome.kind is Kind.STOPPED:
+    if isinstance(outcome, str) or outcome.kind.orderly:
         ranks.cancel_rendezvous(outcome if isinstance(outcome, str) else outcome.text)
     end(outcome)
     report.close()
@@ -145,7 +145,7 @@ def _run_follower(task: Task, store: Store, ranks: Ranks) -> str | Failure:
             failure = report_failure(error, task.node, task.stage, store)
             if isinstance(error, PeerLost):
                 ranks.find_cause(failure)  # the watch ends this process if another rank announces a failure
-        if failure.kind is not Kind.STOPPED:
+        if not failure.kind.orderly:
             ranks.fail(failure, usage())
         ranks.record_end(failure.text, usage())
     return failure
@@ -171,6 +171,7 @@ def _run_attempt(
         return "busy"
     attempt = Attempt(task, store, report, ranks)
     out, report.lease = draft_folder(folder, lease.number), lease.number
+    report.planned_tokens_per_s = task.planned_tokens_per_s
 
     def clean_up() -> None:
         shutil.rmtree(out, ignore_errors=True)
@@ -227,7 +228,7 @@ def _run_attempt(
         failure = report_failure(error, task.node, task.stage, store)
         if isinstance(error, PeerLost):
             failure = ranks.find_cause(failure)
-        if failure.kind is not Kind.STOPPED:
+        if not failure.kind.orderly:
             ranks.announce(failure)
         attempt.record_failure(failure)
         return failure

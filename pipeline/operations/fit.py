@@ -164,21 +164,9 @@ def rate_of(row: StagePlan, profile: Profile) -> Rate | TrainingTime | str:
 
     Without either, returns the reason.
     """
-    training, gpu, name = row.estimate.training, profile.gpu, f"cluster profile {profile.name}"
-    if training is None:
+    if row.estimate.training is None:
         return "on GPUs training phases alone are estimated"
-    if gpu is None:
-        return f"{name} has no section gpu, with peaks and bandwidths"
-    if (rate := gpu.rate(training.precision)) is None:
-        return f"{name} has no rate for {training.precision} in its section gpu"
-    if rate.utilization is not None:
-        return rate
-    without = f"{name} has no utilization for {training.precision} in its section gpu, and the model of training time"
-    if row.time is None or training.precision == "fp32":
-        return f"{without} knows bf16, FP8 and NVFP4 alone"
-    if (accelerator := profile.accelerator) is None:
-        return f"{without} needs bf16, memory_tb_s, nvlink_gb_s and network_gb_s"
-    return row.time(accelerator)
+    return profile.training_rate(row.estimate.training.precision, row.time)
 
 
 def _seconds(row: StagePlan, rate: Rate) -> float:

@@ -38,6 +38,7 @@ def facts_of(release: Release) -> dict[str, Any]:
         pass_at_1: Of chat models.
         caveats: The sentences at the head of the final model's card.
         baselines: A sentence for each source on the final model beside its baselines.
+        rehearsals: {phase: what its rehearsal measured}, null if no statement has it.
         gates: {name: ok}, null if there was nothing to judge.
         key: Fingerprint of the key beside the signature, unchecked, or None.
         identity: The one in a signature without a key, unchecked, or None.
@@ -74,6 +75,7 @@ def facts_of(release: Release) -> dict[str, Any]:
         "baselines": list(baseline_tables.in_words(final)),
         "pass_at_1": pass_at_1(data.chat.get("test", {})),
         "checkpoints": [row.branch for row in release.checkpoints],
+        "rehearsals": {row.phase: row.measured for row in release.rehearsals},
         "gates": {name: gate["ok"] for name, gate in sorted(read_json(release.root / GATES).items())},
         "cost": run_facts.total_cost(release.costs),
         "key": _key(release.root),

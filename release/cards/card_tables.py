@@ -13,7 +13,7 @@ from typing import Any, Generic, Literal, TypeVar
 from release.cards import baseline_tables, caveats, chat_tables, document_tables, tables
 from release.facts.data_facts import DataFacts
 from release.facts.model_facts import ModelFacts
-from release.facts.run_facts import Changes, Costs, Intervention, Trained, find_optimizers
+from release.facts.run_facts import Changes, Costs, Intervention, Rehearsal, Trained, find_optimizers
 from release.facts.score_facts import ExampleAnswer, best_example, merge_effects, read_examples
 from release.facts.variant_facts import VariantFacts
 from release.layout import MODEL
@@ -56,6 +56,7 @@ class ReleaseFacts:
         changes: The changes since the version before, if it is known.
         sizes: The model after pre-training, and its smaller ones if there are any.
         optimizers: The optimizer's settings by phase that trained the model, as its last checkpoint states them.
+        rehearsals: The rehearsals of the phases that trained the model.
     """
 
     model: ModelFacts
@@ -69,6 +70,7 @@ class ReleaseFacts:
     changes: Changes | None = None
     sizes: Sequence[Trained] = ()
     optimizers: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    rehearsals: Sequence[Rehearsal] = ()
 
     @property
     def example(self) -> ExampleAnswer | None:
@@ -104,6 +106,7 @@ def release_facts(release: Release, folder: str) -> ReleaseFacts:
         changes=release.changes,
         sizes=release.sizes,
         optimizers=find_optimizers(release.checkpoints, model.training),
+        rehearsals=[row for row in release.rehearsals if row.phase in model.training],
     )
 
 
@@ -205,6 +208,12 @@ RELEASE_TABLES: tuple[CardTable[ReleaseFacts], ...] = (
         part="training",
     ),
     CardTable("cost", lambda release: tables.cost(release.costs)),
+    CardTable(
+        "rehearsals",
+        lambda release: tables.rehearsals(release.rehearsals),
+        heading="Rehearsals",
+        part="training",
+    ),
     CardTable(
         "optimizers",
         lambda release: tables.optimizers(release.optimizers),

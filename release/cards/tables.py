@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pipeline.core.text import escaped
 from pipeline.core.yaml_text import read_trusted
@@ -385,6 +385,28 @@ def _setting_text(value: Any) -> str:
 def checkpoints(rows: list[Checkpoint]) -> list[str]:
     body = [[f"`{row.branch}`", title(row.phase, PHASES), count(row.step)] for row in rows]
     return table(["branch", "phase", "step"], body)
+
+
+SPEEDS: tuple[Literal["tokens_per_s", "planned_tokens_per_s"], ...] = ("tokens_per_s", "planned_tokens_per_s")
+
+
+def rehearsals(rows: Iterable[run_facts.Rehearsal]) -> list[str]:
+    """Returns what the rehearsals of phases found; none without any."""
+    body = []
+    for row in rows:
+        measured, moved, speeds = row.measured, "not stated", ["not stated", "not stated"]
+        if measured is not None:
+            moved = f"{count(measured['moved_ranks'])}, of {count(measured['nodes'])} nodes"
+            speeds = [f"{measured[name]:,.0f}" if measured[name] else "no plan" for name in SPEEDS]
+            speeds[0] += " (slow)" if measured["slow"] else ""
+        equal = "bit for bit" if row.compared["exact"] else "within the tolerance of kernels"
+        body.append([title(row.phase, PHASES), count(row.compared["ranks"]), moved, equal, *speeds])
+    sentence = (
+        "Before each of these phases its first steps were rehearsed: a step after a restart from a work checkpoint was "
+        "compared with the one before it, on every rank (`evidence/rehearsals/`), and ten further steps were timed:"
+    )
+    head = ["phase", "ranks", "moved to another node", "the step is equal", "tokens a second", "planned"]
+    return explained_table(sentence, head, body)
 
 
 def cost(costs: run_facts.Costs) -> list[str]:

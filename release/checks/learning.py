@@ -23,10 +23,12 @@ from release.facts import forecast, run_facts, training
 from release.facts.forecast import FILE, FOLDER, MODEL, PHASE
 from release.facts.published_tables import read_rows
 from release.facts.run_facts import PRETRAIN, TRAINING, context_of
-from release.layout import RECIPE, SIZE, folders_of, models_of
+from release.layout import RECIPE, REHEARSALS, SIZE, folders_of, models_of
 from release.opened_release import Release
 from stages.evaluation.gates import Measurements, Rule
 from stages.evaluation.scores import pass_at_1
+from stages.train.rehearsal import NAME as REHEARSAL
+from stages.train.rehearsal import difference
 from stages.train.smaller_model import with_settings
 
 SHARED = ("tokens", "order")
@@ -93,6 +95,31 @@ def sizes(release: Release) -> Findings:
             if size.total >= base.total:
                 problems.append(f"{size.name} has {size.total} parameters, and the model of the release {base.total}")
     return Findings(problems, summary=f"{len(published)} smaller models, trained on the rows of {PRETRAIN}")
+
+
+def rehearsals(release: Release) -> Findings:
+    """Checks that every rehearsal was of the phase as it was trained, and that its repeated step came out equal."""
+    phases = [row.phase for row in release.rehearsals]
+    expected = [name.removeprefix(f"{REHEARSAL}-") for name in release.info.nodes if name.startswith(f"{REHEARSAL}-")]
+    if missing := sorted({*expected} - {*phases}):
+        return Findings([f"{REHEARSALS}/{missing[0]}.json is missing"])
+    problems = list[str]()
+    configs = _statements(release, [*phases, *(f"{REHEARSAL}-{phase}" for phase in phases)])
+    for row in release.rehearsals:
+        rehearsed, trained = configs.get(f"{REHEARSAL}-{row.phase}"), configs.get(row.phase)
+        if rehearsed is None or trained is None:
+            problems.append(f"evidence/statements: none is about {row.phase} or its rehearsal as they are here")
+            continue
+        own, of_phase = (provenance.parameters_of(body)["config"] for body in (rehearsed, trained))
+        problems += [
+            f"{row.phase} was rehearsed with another {name} than it was trained with"
+            for name in of_phase
+            if own.get(name) != of_phase[name]
+        ]
+        if problem := difference(row.compared["before"], row.compared["after"], row.compared["exact"]):
+            place = f"{REHEARSALS}/{row.phase}.json"
+            problems.append(f"{place}: the step after the restart is not the one before it: {problem}")
+    return Findings(problems, summary=f"{len(phases)} phases were rehearsed, with an equal step after a restart")
 
 
 def _statements(release: Release, names: list[str]) -> dict[str, provenance.Statement]:

@@ -46,6 +46,7 @@ from release.layout import (
     MERGE,
     OPT_OUTS,
     REFERENCES,
+    REHEARSALS,
     RUNTIMES,
     SITE,
     SIZE,
@@ -69,6 +70,7 @@ ALONE = Scope(tuple(kind for kind in CARDS.kinds if kind != "release"))
 
 MERGES = f"checkpoints/{MERGE}*"
 SIZES = f"{TRAINING}/{SIZE}-*"
+REHEARSED = f"{REHEARSALS}/*.json"
 FORECAST = f"{FOLDER}/{FILE}"
 EVERYTHING = Reads(("",))
 WEIGHTS = Reads(("",), weights=True)
@@ -92,6 +94,7 @@ TENSOR_READERS = ("safetensors.torch", "torch")
 
 EXPORT = "fix the export or tokenizer stage and run again"
 PREDICT = "a prediction counts if it is sealed before the first start: `atom predict`, then `atom run`"
+REHEARSE = "run the rehearsal again, or train the phase that was rehearsed"
 SMALLER = "change the recipe's section sizes and run again"
 LICENSE, CURATION = "name it in the data recipe", "curation is at fault"
 STATE = "run the stage again so that it is stated, then build"
@@ -110,6 +113,7 @@ CHECKS: tuple[Check | BuildCheck, ...] = (
     Check("statements", evidence.statements, EVIDENCE, STATEMENTS, gate="ledger_closed", remedy=STATE),
     Check("prediction", learning.prediction, EVIDENCE, PROVENANCE, needs=FORECAST, gate="prediction", remedy=PREDICT),
     Check("sizes", learning.sizes, EVIDENCE, PROVENANCE, needs=SIZES, gate="sizes", remedy=SMALLER),
+    Check("rehearsals", learning.rehearsals, EVIDENCE, PROVENANCE, needs=REHEARSED, gate="rehearsals", remedy=REHEARSE),
     Check("gates", partial(evidence.passed_gates, lambda: CHECKS), EVIDENCE, EVERYTHING),
     Check("attestations", evidence.attestations, EVIDENCE, EVERYTHING),
     Check("code", source_code.source_files, EVIDENCE, PROVENANCE),

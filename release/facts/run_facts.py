@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any, cast
 
 from pipeline.core import provenance
-from pipeline.core.errors import AtomError
+from pipeline.core.errors import AtomError, Kind
 from release import schema
 from release.facts.model_facts import ModelFacts, read_model_facts
 from release.facts.published_tables import read_json, read_rows
-from release.layout import MODEL, RECIPE, RELEASE, SIZE, sizes_of, when
+from release.layout import MODEL, RECIPE, REHEARSALS, RELEASE, SIZE, sizes_of, when
 from stages.confidence import Figure, Ratio
+from stages.train.rehearsal import NAME
 
 
 @dataclass(frozen=True)
@@ -122,6 +123,34 @@ JOULES_PER_WH = 3600.0
 COST_COLUMNS = ("attempts", "failed", "core_hours", "gpu_hours", "energy_wh")
 
 
+@dataclass(frozen=True)
+class Rehearsal:
+    """The rehearsal of a phase.
+
+    Attributes:
+        phase: The phase.
+        compared: The published record of the step that was taken before and after a restart.
+        statement: The statement about it; None without one.
+    """
+
+    phase: str
+    compared: dict[str, Any]
+    statement: provenance.Statement | None
+
+    @property
+    def measured(self) -> provenance.Rehearsed | None:
+        """What its last start measured; None if no statement has it."""
+        starts = [] if self.statement is None else provenance.starts(self.statement)
+        return next((start["rehearsed"] for start in reversed(starts) if "rehearsed" in start), None)
+
+
+def read_rehearsals(root: Path, statements: Iterable[provenance.Statement]) -> list[Rehearsal]:
+    """Reads the rehearsals of a release, in the order of their phases."""
+    made = {provenance.parameters_of(body)["node"]: body for body in statements if provenance.kind(body) is None}
+    files = sorted((root / REHEARSALS).glob("*.json"), key=lambda path: when(path.stem))
+    return [Rehearsal(path.stem, read_json(path), made.get(f"{NAME}-{path.stem}")) for path in files]
+
+
 def usage_by_stage(statements: Iterable[provenance.Statement]) -> Costs:
     """Returns {stage: its cost}, with the stages in alphabetical order.
 
@@ -136,7 +165,8 @@ def usage_by_stage(statements: Iterable[provenance.Statement]) -> Costs:
         usage, stage = provenance.usage(body), str(provenance.parameters_of(body)["stage"])
         row = costs_by_stage.setdefault(stage, dict.fromkeys(COST_COLUMNS, 0.0))
         row["attempts"] += 1
-        row["failed"] += provenance.outcome(body) != "sealed"
+        # A rehearsal asks for a restart, which is no failure.
+        row["failed"] += provenance.outcome(body) != "sealed" and provenance.kind(body) != Kind.RESTART
         row["core_hours"] += usage.get("cpu_seconds", 0.0) / 3600
         row["gpu_hours"] += usage.get("gpu_seconds", 0.0) / 3600
         row["energy_wh"] += usage.get("energy_joules_estimate", 0.0) / JOULES_PER_WH

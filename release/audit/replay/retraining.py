@@ -196,6 +196,7 @@ class StopAtStep:
     """A stage's report that ends the stage with the product of a step, by StepSealed."""
 
     lease: int | None = None
+    planned_tokens_per_s = 0.0
 
     def __init__(self, step: int, progress: Progress) -> None:
         self.step, self.send_progress, self.reported_tenth = step, progress, -1

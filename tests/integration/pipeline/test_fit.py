@@ -181,9 +181,9 @@ def test_atom_mini_takes_two_hours_on_two_cores(tmp_path: Path) -> None:
     estimate = rows["pretrain"].estimate
     active = estimate.parameters["active"]
     assert active <= 4_000_000 and (estimate.tokens or 0) >= 10 * active
-    trained = [[name for name, row in each.items() if row.trains] for each in (
-        rows, {row.state.name: row for row in planned("atom-1b-a300m", tmp_path)}
-    )]  # fmt: skip
+    larger = {row.state.name: row for row in planned("atom-1b-a300m", tmp_path)}
+    trained = [[name for name, row in each.items() if row.trains] for each in (rows, larger)]
+    trained[1].remove("rehearsal-pretrain")  # no phase of atom-mini is costly
     assert trained[0] == trained[1]
 
 

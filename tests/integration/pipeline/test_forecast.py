@@ -122,7 +122,7 @@ def test_plan_for_a_cluster(tmp_path: Path) -> None:
     assert pretrain["gpu_hours"] == pytest.approx(flops / 2.5e14 / 3600)
     assert pretrain["gpu_hours"] == pytest.approx(256 * pretrain["hours"])
     (beyond,) = section["beyond"]
-    hours = f"{pretrain['gpu_hours']:,.2f}"
+    hours = f"{section['total']['gpu_hours']:,.2f}"
     assert (
         beyond == f"the plan exceeds budget.gpu_hours = 100,000 of the recipe: {hours} hours to come, 0.00 used already"
     )
