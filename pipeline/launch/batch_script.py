@@ -34,6 +34,14 @@ RELAUNCH_PAUSE_SECONDS = 30
 EARLY_SIGNAL_SECONDS = 60
 
 
+# Shell that runs a command on the NUMA node of its rank. What it says is quoted by the script's probe of Python.
+_BIND = (
+    "command -v numactl > /dev/null || { echo 'ranks_per_numa_node of the cluster profile needs numactl, which is not "
+    "installed; install it, or leave the setting out' >&2; exit 1; }; "
+    'node=$((SLURM_LOCALID / $0)); exec numactl --cpunodebind=$node --membind=$node "$@"'
+)
+
+
 @dataclass(frozen=True)
 class BatchScript:
     """The values of the template."""
@@ -186,6 +194,9 @@ class RunScripts:
             options["no-kill"] = True  # Slurm takes a lost node out of the job, and leaves the job its other nodes
 
         script = self._script(node, allocation.jobs, "shards" if tasks else "", options)
+        # Each task of an array is rank 0 of its own, and would have the first NUMA node.
+        if (ranks := allocation.jobs.ranks_per_numa_node) and not tasks:
+            script = replace(script, python=f"{shlex.join(['sh', '-c', _BIND, str(ranks)])} {script.python}")
         script = replace(script, stage_variables=needs.environment)
         if not tasks:
             script = self._with_relaunches(script, allocation)

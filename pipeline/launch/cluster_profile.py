@@ -245,6 +245,9 @@ class Jobs(Resources):
 
     tasks_per_node: Annotated[int, Range(1, 1024)] = 1
     """maximum number of ranks per node; on GPU nodes, one per GPU"""
+    ranks_per_numa_node: Annotated[int, Range(1, 1024, "two sockets with four GPUs each: 4")] | None = None
+    """binds the cores and memory of so many ranks after another to one NUMA node by numactl, which the nodes need, or
+    the image of pyxis; null: no binding"""
     spare_nodes: Annotated[int, Range(0, 1024)] = 0
     """additional idle nodes of a job with several nodes; one replaces a node that is lost; a job that loses its
     first node is requeued"""

@@ -23,7 +23,7 @@ from stages.models.parallel_layout import LOSS_SLICE, Layout
 
 Kind = OptimizerSettings | type[OptimizerSettings]
 GRADIENT = 4
-"""Bytes of a gradient: summed over micro-batches and ranks in fp32."""
+"""Bytes of a gradient that the optimizer reads: fp32. Its sum over micro-batches and ranks is too, by default."""
 NVFP4 = 4.5 / 8
 """Bytes of a number of NVFP4: 4 bits, and its part of the 8 of a scale."""
 MASTER = 4
@@ -60,8 +60,12 @@ def sharing(layout: Layout) -> tuple[int, int]:
     return layout.data * layout.cp, layout.ranks // (layout.split_experts * layout.ep * layout.pp)
 
 
-def state_bytes(share: MemoryShare, layout: Layout, precision: Precision, optimizer: Kind) -> float:
+def state_bytes(
+    share: MemoryShare, layout: Layout, precision: Precision, optimizer: Kind, gradient: int = GRADIENT
+) -> float:
     """Returns the bytes of weights, gradients and optimizer on a rank: Megatron's distributed optimizer.
+
+    `gradient` is the bytes of one in the sums over micro-batches and ranks.
 
     bf16: 2 (weight) + 4 (gradient) + 12 (fp32 weight, two states) / ranks that share them: "18 bytes a parameter".
     fp32: 4 + 4 + 8 / ranks, since the optimizer's weights are slices of the model's. FP8 keeps bf16 weights, and
@@ -72,7 +76,7 @@ def state_bytes(share: MemoryShare, layout: Layout, precision: Precision, optimi
     weight, master = (4, 0) if precision == "fp32" else (2, MASTER)
     copies = {"fp32": 0.0, "bf16": 0.0, "nvfp4": 2 * NVFP4}.get(precision, 2.0)
     quantized = copies * (share.all - share.table)
-    return (weight + GRADIENT) * share.all + _shared_bytes(share, layout, master, optimizer) + quantized
+    return (weight + gradient) * share.all + _shared_bytes(share, layout, master, optimizer) + quantized
 
 
 def owned_bytes(share: MemoryShare, layout: Layout, optimizer: Kind) -> float:

@@ -102,6 +102,14 @@ class RouterWatch:
         device = next(chunks[0].parameters()).device
         self.counts = torch.zeros(len(routing.layers), routing.experts + 2, dtype=torch.float64, device=device)
         """[layers with experts, experts + 2]: tokens of each expert, sum of entropies, tokens."""
+        self.batch = self.counts[:, :-1].float()
+        """[layers with experts, experts + 1]: tokens of each expert, and minus the sum of entropies, of one micro-batch
+        in the layers `rows`."""
+        self.rows = range(0)
+        self.mask: Tensor | None = None
+        self.place: tuple[Any, ...] = ()
+        self.real = self.batch
+        """The padding mask of that micro-batch, its part that a layer sees, and the real tokens in it."""
         self.load = torch.full(self.counts[:, :-2].shape, 1 / routing.experts, device=device)
         """[layers with experts, experts]: shares of the assignments in the last step that updated weights; before it
         even, which makes the loss constant."""
@@ -114,27 +122,50 @@ class RouterWatch:
 
     def _hook(self, router: Any) -> None:
         route, sigmoid = router.routing, router.score_function
-        row = self.counts[self.routing.layers.index(router.model_layer)]
+        row = self.routing.layers.index(router.model_layer)
+        loads, entropy = self.batch[row, :-1], self.batch[row, -1]
 
-        def routing(logits: Tensor, padding_mask: Tensor | None = None) -> Any:
+        def routing(logits: Tensor, padding_mask: Tensor) -> Any:
             routed = route(logits, padding_mask=padding_mask)
             # Recomputation runs with gradients as well, and the first pass without: each token counts once.
             if router.training and torch.is_grad_enabled():
                 with torch.no_grad():
+                    real = self._real_tokens(row, padding_mask)
                     flat = logits.detach().reshape(-1, logits.shape[-1]).float()
                     score = flat.sigmoid() if sigmoid == "sigmoid" else flat.softmax(-1)
                     # Sigmoid scores do not sum to 1, and an entropy needs a distribution.
                     score = score / score.sum(-1, keepdim=True)
-                    entropy = -torch.xlogy(score, score).sum(-1)
-                    not_padding = (
-                        torch.ones_like(entropy) if padding_mask is None else (~padding_mask.reshape(-1)).float()
-                    )
-                    row[:-2] += not_padding @ routed[1].float()
-                    row[-2] += entropy @ not_padding
-                    row[-1] += not_padding.sum()
+                    torch.mv(routed[1].float().t(), real, out=loads)
+                    torch.dot(torch.xlogy(score, score).sum(-1), real, out=entropy)
             return routed
 
         router.routing = routing
+
+    def _real_tokens(self, row: int, padding: Tensor) -> Tensor:
+        """Returns 1 for each real token and 0 for padding, for a layer that is about to count a micro-batch.
+
+        Layers in a row that share a micro-batch share the tensor, and add to the counts together: on a GPU each kernel
+        of a layer costs the host as much time as a large one.
+        """
+        # Megatron gives each layer a view of one mask.
+        mask = padding if padding._base is None else padding._base
+        place = padding.shape, padding.stride(), padding.storage_offset(), mask._version
+        if mask is not self.mask or place != self.place or row not in (self.rows.start - 1, self.rows.stop):
+            self._add()
+            self.mask, self.place, self.rows = mask, place, range(row, row)
+            self.real = (~padding.reshape(-1)).float()
+        # The backward pass computes layers again from the last one on.
+        self.rows = range(min(row, self.rows.start), max(row + 1, self.rows.stop))
+        return self.real
+
+    def _add(self) -> None:
+        """Adds the micro-batch that layers have counted, if any have."""
+        if self.rows:
+            part, batch = (each[self.rows.start : self.rows.stop] for each in (self.counts, self.batch))
+            part[:, :-2].add_(batch[:, :-1])
+            part[:, -2].sub_(batch[:, -1])
+            part[:, -1].add_(self.real.sum())
+        self.rows = range(0)
 
     def _balance_by_load(self, router: Any) -> None:
         """Replaces the balance loss of a router, which counts the tokens of a micro-batch."""
@@ -174,6 +205,7 @@ class RouterWatch:
 
     def collect(self, all_reduce: Any) -> Experts:
         """The counts since the last call. all_reduce: sums a tensor over all ranks, in place."""
+        self._add()
         # Collective over all ranks: each counts its own tokens and layers, and zeros elsewhere. The copy stays local.
         counts = all_reduce(self.counts.clone()).cpu()
         self.counts.zero_()

@@ -148,7 +148,15 @@ def update_time(config: AnyConfig, gpu: Accelerator) -> TrainingTime:
         layers_in_bf16(phase.precision, config.model.layers),
     )
     states = phase.optimizer.matrices.bytes
-    run = StepSetup(layout, phase.precision, Rows(1, length), micro_batches, states=states, bf16_layers=bf16_layers)
+    run = StepSetup(
+        layout,
+        phase.precision,
+        Rows(1, length),
+        micro_batches,
+        phase.gradient_bytes,
+        states,
+        bf16_layers=bf16_layers,
+    )
     seconds = phase.all_updates * step_time(shape_of(config.model, config.padded_vocab_size), gpu, run).total
     # A forward pass is a third of an update, whose backward pass costs two of them.
     return TrainingTime(seconds * (1 + readings(config) / 3), *UNFITTED_ERRORS)

@@ -114,6 +114,9 @@ class PhaseBase(Config):
     """optimizer and its learning-rate schedule"""
     precision: Precision = "fp32"
     """data type of matrix multiplications"""
+    gradient_precision: Literal["fp32", "bf16"] = added("fp32")
+    """data type in which gradients are summed over micro-batches and ranks; bf16, with any precision but fp32: half
+    their memory and traffic, and what is small beside a sum is lost"""
     release_checkpoint_interval: Steps
     """steps between sealed checkpoints"""
     checkpoint_interval: Steps = operational(1000)
@@ -123,10 +126,25 @@ class PhaseBase(Config):
     parallelism: Layout = operational(Layout())
     """distribution of the phase over processes"""
 
+    @model_validator(mode="after")
+    def _gradients_follow_weights(self) -> PhaseBase:
+        # Megatron sums them in the type of the weights, or in fp32.
+        if self.gradient_precision == "bf16" and self.precision == "fp32":
+            raise ValueError(
+                "gradient_precision = bf16 is not possible with precision = fp32, whose weights have gradients in "
+                "fp32; leave it out, or use precision = bf16"
+            )
+        return self
+
     @property
     def adapter(self) -> Lora | None:
         """The adapters that are trained in place of the model's weights, if any are."""
         return None
+
+    @property
+    def gradient_bytes(self) -> int:
+        """Bytes of a gradient that is summed over micro-batches and ranks."""
+        return 2 if self.gradient_precision == "bf16" else 4
 
     @property
     def logit_z_loss(self) -> float:

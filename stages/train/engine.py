@@ -162,8 +162,7 @@ class Engine:
             (DistributedDataParallel if number else BucketedDDP)(
                 config=megatron,
                 ddp_config=DistributedDataParallelConfig(
-                    # Sums over micro-batches and ranks in bf16 would lose what is small beside the sum.
-                    grad_reduce_in_fp32=True,
+                    grad_reduce_in_fp32=config.phase.gradient_precision == "fp32",
                     use_distributed_optimizer=True,
                     overlap_grad_reduce=overlap,
                     overlap_param_gather=self.layout.overlap_weights,

@@ -95,7 +95,9 @@ def training_seconds(config: TrainConfig, gpu: Accelerator, shape: Shape) -> flo
         if last >= first:
             bf16_layers = layers_in_bf16(phase.precision, config.model.layers)
             states = phase.optimizer.matrices.bytes
-            run = StepSetup(layout, phase.precision, rows, micro_batches, states=states, bf16_layers=bf16_layers)
+            run = StepSetup(
+                layout, phase.precision, rows, micro_batches, phase.gradient_bytes, states, bf16_layers=bf16_layers
+            )
             seconds += (last - first + 1) * step_time(shape, gpu, run).total
             first = last + 1
     return seconds
@@ -146,17 +148,20 @@ def rank_memory(config: TrainerConfig, rows: Rows, pipeline_rank: int) -> tuple[
     settings = {"frozen": phase.adapter is not None, "has_z_loss": phase.logit_z_loss > 0}
     on_rank = Activations(model, vocabulary, layout, phase.precision, rows, micro_batches, pipeline_rank, **settings)
     activations = on_rank.peak()
-    state = state_bytes(share, layout, phase.precision, phase.optimizer)
+    state = state_bytes(share, layout, phase.precision, phase.optimizer, phase.gradient_bytes)
     # before the update gradients are scaled, each with a copy; a table's is large
-    if share.table and not phase.adapter:
+    if not phase.adapter:
+        dense, experts = sharing(layout)
         # A rank owns at most its slice of the table.
-        gradient = min(vocabulary * model.hidden_size / layout.tp, share.dense / sharing(layout)[0])
-        activations = max(activations, GRADIENT * gradient)
+        copied = min(vocabulary * model.hidden_size / layout.tp, share.dense / dense) if share.table else 0.0
+        if phase.gradient_bytes < GRADIENT:  # the optimizer reads fp32 copies of all that it owns
+            copied += share.dense / dense + share.experts / experts
+        activations = max(activations, GRADIENT * copied)
     if phase.adapter:  # of the base only the weights
         adapters = adapter_share(config, pipeline_rank)
         # The frozen base has weights, and neither gradients nor states.
         state = (4 if phase.precision == "fp32" else 2) * share.all
-        state += state_bytes(adapters, layout, phase.precision, phase.optimizer)
+        state += state_bytes(adapters, layout, phase.precision, phase.optimizer, phase.gradient_bytes)
         share += adapters
         activations += on_rank.merged(phase.adapter)
         activations -= on_rank.unkept(phase.adapter)

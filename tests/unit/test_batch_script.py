@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import resource
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -284,6 +285,30 @@ def test_what_is_not_asked_for_is_not_there() -> None:
         "module load",
     ):
         assert words not in text, words
+
+
+def test_ranks_are_bound_to_the_numa_nodes_of_their_gpus(tmp_path: Path) -> None:
+    """By what numactl gets from each of eight ranks of a node; without it the rank ends with one sentence, which the job's
+    own probe repeats."""
+    train = {**SLURM["train"], "gpus_per_node": 8, "tasks_per_node": 8, "ranks_per_numa_node": 4}
+    settings = Slurm.model_validate({**SLURM, "train": train, "python": "/envs/atom/bin/python"})
+    batch = script(settings, ranks=16)
+    assert f"{WITH_HOME} {batch.python} -u -m submitit" in batch.text() and f"{batch.python} -c" in batch.text()
+    assert "numactl" not in script(settings, ranks=16, tasks=3).text() + script(settings, trains=False).text()
+
+    def start(rank: int) -> subprocess.CompletedProcess[str]:
+        environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_LOCALID": str(rank)}
+        return subprocess.run(["sh", "-c", f"{batch.python} -m x"], env=environment, text=True, capture_output=True)
+
+    if shutil.which("numactl") is None:
+        ended = start(5)
+        assert ended.returncode == 1 and ended.stdout == "" and ended.stderr.count("\n") == 1
+        assert "needs numactl, which is not installed; install it, or leave the setting out" in ended.stderr
+        assert len(ended.stderr) < 200, "the probe cuts it there"
+    (tmp_path / "numactl").write_text('#!/bin/sh\necho "$@"\n')
+    (tmp_path / "numactl").chmod(0o755)
+    bound = [start(rank).stdout for rank in range(8)]
+    assert bound == [f"--cpunodebind={n} --membind={n} /envs/atom/bin/python -m x\n" for n in (0, 0, 0, 0, 1, 1, 1, 1)]
 
 
 def test_an_array_has_its_own_folder_and_ids() -> None:

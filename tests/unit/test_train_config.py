@@ -174,6 +174,7 @@ def test_work_checkpoints_are_not_identity() -> None:
         ({"release_checkpoint_steps": [2, 1]}, "release_checkpoint_steps = [2, 1] must increase, up to steps = 12"),
         ({"release_checkpoint_steps": [2, 13]}, "must increase, up to steps = 12 at most"),
         ({"spikes": {"action": "skip", "window": 1}}, "Input should be greater than or equal to 4"),
+        ({"gradient_precision": "bf16"}, "gradient_precision = bf16 is not possible with precision = fp32"),
         ({"precision": "fp8"}, "'fp32', 'bf16', 'fp8-tensorwise', 'fp8-blockwise', 'mxfp8' or 'nvfp4'"),
     ],
 )  # fmt: skip

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipeline.core.store import Artifact
 from stages.mcore.megatron_imports import TopKRouter
@@ -140,3 +141,52 @@ def test_small_scores_do_not_make_a_small_loss(size: float) -> None:
     loss.backward()
     torch.testing.assert_close(scores.sum(-1), torch.ones(16))
     assert loss.item() > 1.2 and logits.grad is not None and (logits.grad[:, :2] > 0).all()
+
+
+class Kernels(TorchDispatchMode):
+    """The operations that compute something: all but views."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not func.is_view:
+            self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("architecture", ["qwen3_moe", "glm4_moe"])
+def test_layers_count_their_tokens_together(corpus: Path, architecture: str) -> None:
+    """Bit for bit what each layer would add by itself, in whatever order layers and micro-batches come; a layer adds eight
+    kernels to a router's own."""
+    with trained(corpus, {**MODELS[architecture], "layers": 5}) as (engine, _):
+        routers, watch = routers_of(engine), engine.routers
+        expected = torch.zeros_like(watch.counts)
+        passes = [
+            (0, range(len(routers))),
+            (1, range(len(routers))),
+            (1, reversed(range(len(routers)))),
+            (0, [2, 0, 1, 1]),
+        ]
+        masks = [torch.rand(3, 16, generator=torch.Generator().manual_seed(n)) < 0.3 for n in range(2)]
+        for number, order in passes:
+            for place, row in enumerate(order):
+                padding, router = masks[number].transpose(0, 1), routers[row]
+                logits = torch.randn(
+                    48, watch.routing.experts, generator=torch.Generator().manual_seed(row + 9 * place)
+                )
+                with Kernels() as alone:
+                    routed = TopKRouter.routing(router, logits, padding_mask=padding)
+                with Kernels() as watched:
+                    router.routing(logits, padding_mask=padding)
+                added = len(watched.names) - len(alone.names)
+                assert added <= (8 if place and order is not passes[3][1] else 16), watched.names
+                score = logits.softmax(-1) if architecture == "qwen3_moe" else logits.sigmoid()
+                score = score / score.sum(-1, keepdim=True)
+                real = (~padding.reshape(-1)).float()
+                expected[row, :-2] += real @ routed[1].float()
+                expected[row, -2] += -torch.xlogy(score, score).sum(-1) @ real
+                expected[row, -1] += real.sum()
+        watch._add()
+        assert torch.equal(watch.counts, expected) and expected[:, -2].min() > 0

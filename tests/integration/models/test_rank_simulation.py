@@ -125,11 +125,13 @@ FEW_TOKENS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any], int]
     "adapters, TP4": ({"ranks": 4, "tp": 4}, {"heads": 32}, {"lora": {"rank": 64, "alpha": 16}}, 256),
     "adapters, a large vocabulary": ({}, {"tie_embeddings": True}, {"lora": {"rank": 8, "alpha": 16}}, 128),
     "masks of fp32, CP4": ({"ranks": 4, "cp": 4}, {}, {"precision": "fp32"}, 2048),
+    "gradients in bf16, DP2": ({"ranks": 2}, {}, {"gradient_precision": "bf16"}, 128),
+    "gradients in bf16, one rank, tied": ({}, {"tie_embeddings": True}, {"gradient_precision": "bf16"}, 128),
 }  # fmt: skip
 """Layout, model, phase, row: what is a large part of the memory there, and was once planned wrong."""
 
 
-IN_EVERY_RUN = ("gradients of tied embeddings", "adapters, TP4")
+IN_EVERY_RUN = ("gradients of tied embeddings", "adapters, TP4", "gradients in bf16, DP2")
 
 
 @pytest.mark.parametrize(
@@ -221,11 +223,14 @@ def test_memory_of_a_published_run() -> None:
 
 
 @at_length("training", 15)
-def test_weights_are_gathered_once_and_gradients_in_buckets() -> None:
-    """Experts have an optimizer of their own; a later pipeline rank reduces in as many buckets as the first."""
+@pytest.mark.parametrize(("gradients", "times"), [("fp32", 2), ("bf16", 1)])
+def test_weights_are_gathered_once_and_gradients_in_buckets(gradients: str, times: int) -> None:
+    """Experts have an optimizer of their own; a later pipeline rank reduces in as many buckets as the first. Weights are
+    bf16."""
     layout = {"ranks": 16, "pp": 2, "ep": 4, "overlap_gradients": True}
     model = {**LARGE, "layers": 4, "hidden_size": 2048, "moe_intermediate_size": 4096}
-    config_ = TrainConfig.model_validate(config(layout, model, VOCABULARY, 64, precision="bf16"))
+    settings = config(layout, model, VOCABULARY, 64, precision="bf16", gradient_precision=gradients)
+    config_ = TrainConfig.model_validate(settings)
     buckets = []
     for rank in (0, 8):
         traffic = rank_simulation.simulate(config_, rank).traffic
@@ -234,7 +239,7 @@ def test_weights_are_gathered_once_and_gradients_in_buckets() -> None:
                 sorted((x.bytes, x.calls) for x in traffic if (x.operation, x.group) == (operation, group))
                 for operation in ("allgather_into_tensor_coalesced", "reduce_scatter_tensor_coalesced")
             )
-            assert gathered == [(size // 2, calls) for size, calls in reduced], "bf16 weights, and fp32 gradients"
+            assert gathered == [(size // times, calls) for size, calls in reduced]
         buckets.append(sum(calls for _, calls in reduced))
     assert buckets[0] == buckets[1] > 1
 

@@ -163,6 +163,26 @@ def test_modules_that_are_computed_again_train_alike(corpus: Path, tmp_path: Pat
     assert curves["again"][0]["loss"] == curves["kept"][0]["loss"] > curves["kept"][4]["loss"]
 
 
+@pytest.mark.numeric
+def test_gradients_summed_in_bf16_train_alike(corpus: Path, tmp_path: Path) -> None:
+    """On two ranks over gloo, with two micro-batches each: other sums from the first step on, the same course, and the same
+    bits whether collectives run beside the backward and forward passes or after them."""
+    settings = layout_fixtures.settings_of({}, 2, precision="bf16")
+    short = {**settings, "phase": {**settings["phase"], "gradient_precision": "bf16"}}
+    runs = {"fp32": settings, "bf16": short}
+    layouts = {"overlapped": {"overlap_gradients": True}, "weights too": {"overlap_weights": True}, "EP2": {"ep": 2}}
+    runs |= {name: layout_fixtures.in_layout(short, layout, 2) for name, layout in layouts.items()}
+    named = {name: (corpus, run) for name, run in runs.items()}
+    curves = layout_fixtures.compare_runs(named, 2, tmp_path / "out.json")
+    norms = {name: [step["grad_norm"] for step in curve[:5]] for name, curve in curves.items()}
+    losses = {name: [step["loss"] for step in curve[:5]] for name, curve in curves.items()}
+    assert losses["bf16"][0] == losses["fp32"][0] and norms["bf16"][0] != norms["fp32"][0]
+    assert norms["bf16"][0] == pytest.approx(norms["fp32"][0], rel=2**-8)
+    for name in ("bf16", "EP2"):
+        assert losses[name] == pytest.approx(losses["fp32"], rel=5e-3), name
+    assert curves["overlapped"] == curves["bf16"] == curves["weights too"]
+
+
 PAIRS = [("EP2", "one"), ("TP2+SP", "PP2")] if SOAK else [("TP2+SP", "PP2")]
 """Of all, which `make soak PART=checkpoints` runs."""
 
