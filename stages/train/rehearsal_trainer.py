@@ -140,7 +140,7 @@ class Rehearsal(TextTrainer):
             self.checkpoints.wait()
             for attempt in self.work.glob("attempt-*"):
                 shutil.rmtree(attempt)
-            (self.work / NODES).unlink()
+            (self.work / NODES).unlink(missing_ok=True)
         # A rank that fails first ends the others.
         self.engine.ranks.barrier()
         return CheckFailed(
