@@ -45,7 +45,7 @@ from stages.train.nodes import (
     published_dtype,
     size_nodes,
 )
-from stages.train.rehearsal import with_rehearsals
+from stages.train.rehearsal import is_unrehearsed, with_rehearsals
 
 __all__ = [
     "DATA_RECIPE",
@@ -186,9 +186,14 @@ def compose(recipe: Recipe, store: Store, without_data: bool = False) -> Graph:
     if evaluation.stop_at_gates:
         training = [*(phase.node for phase in phases), *trained_models(post_training)]
         specs = with_gates(specs, measured, training, config.model.context_length, config.sft is not None)
-    specs = list(with_rehearsals(specs, config.rehearsal, phases, config.model, vocabulary))
 
-    graph = build_graph(recipe, specs, absent)
+    def rehearsed(phases: Sequence[TextPhase]) -> Graph:
+        return build_graph(recipe, with_rehearsals(specs, config.rehearsal, phases, config.model, vocabulary), absent)
+
+    graph = rehearsed(phases)
+    # A phase that is sealed needs no rehearsal any more; one that it had stays.
+    if finished := [phase.node for phase in phases if is_unrehearsed(graph, phase.node, store)]:
+        graph = rehearsed([phase for phase in phases if phase.node not in finished])
     for phase in phases:
         if checkpoint := continued.get(phase.node):
             node = graph.nodes[phase.node]

@@ -38,7 +38,11 @@ class Kind(StrEnum):
     @property
     def orderly(self) -> bool:
         """True if all ranks end at one point by themselves, so that none has to be told."""
-        return self in (Kind.STOPPED, Kind.RESTART)
+        return self in ORDERLY
+
+
+ORDERLY = (Kind.STOPPED, Kind.RESTART)
+"""Kinds that are no failures: all ranks end at one point by themselves, and another start goes on."""
 
 
 @dataclass(frozen=True)

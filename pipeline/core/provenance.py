@@ -124,7 +124,7 @@ class Replayed(TypedDict):
 
 
 class Rehearsed(TypedDict):
-    """What the last start of a rehearsal measured. What it compared is in its artifact."""
+    """Measurements of the last start of a rehearsal. Its artifact has the lines that were compared."""
 
     tokens_per_s: FiniteFloat
     """median over ten steps"""

@@ -358,9 +358,11 @@ def task_of(graph: Graph, store: Store, run: Run, node: Node, profile: Profile) 
 
 def planned_speed(node: Node, profile: Profile, gpus: int) -> float:
     """Returns the tokens a second that `atom plan` expects of a phase on text; 0 on CPU, or without an estimate."""
+    if not gpus:
+        return 0.0
     stage, estimate = node.stage, node.stage.estimate(node.config)
     training = estimate.training
-    if not gpus or training is None or estimate.served is not None:
+    if training is None or estimate.served is not None:
         return 0.0
     rate = profile.training_rate(training.precision, partial(stage.time, node.config) if stage.time else None)
     if isinstance(rate, str) or estimate.tokens is None or estimate.flops is None:

@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from pipeline.core.errors import AtomError, Kind
+from pipeline.core.errors import ORDERLY, AtomError
 from pipeline.core.lease import holder
 from pipeline.core.provenance import clock
 from pipeline.core.store import Store
@@ -96,7 +96,7 @@ def _row(run: Run, store: Store) -> RunRow:
     elif failed:
         latest = max(failed, key=_last_report)
         message = latest.message
-        state = REFUSED if latest.state == REFUSED else "stopped" if latest.kind == Kind.STOPPED else "failed"
+        state = REFUSED if latest.state == REFUSED else "stopped" if latest.kind in ORDERLY else "failed"
     stage = None if latest.last_report is None else latest.name
     release = run.body["recipe"], run.body["version"]
     return RunRow(run.id, run.owner, *release, state, len(nodes), sealed, began, final, stage, message)

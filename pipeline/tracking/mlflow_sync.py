@@ -26,7 +26,7 @@ from pydantic import Field, TypeAdapter
 from typing_extensions import TypedDict
 
 from pipeline.core import atomic_files, json_files, process, provenance
-from pipeline.core.errors import AtomError, Kind
+from pipeline.core.errors import ORDERLY, AtomError
 from pipeline.core.events import POINT, Point, Tail, curves_of
 from pipeline.core.json_files import Damaged
 from pipeline.core.lease import Lease
@@ -284,7 +284,7 @@ def child_status(node: NodeStatus) -> str:
         return "FINISHED"
     if node.state not in ("failed", "lost", "cancelled", "damaged"):
         return "RUNNING"
-    return "KILLED" if node.kind == Kind.STOPPED or node.state == "cancelled" else "FAILED"
+    return "KILLED" if node.kind in ORDERLY or node.state == "cancelled" else "FAILED"
 
 
 def outcome_of(nodes: list[NodeStatus]) -> str:

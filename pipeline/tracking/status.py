@@ -13,7 +13,7 @@ from pathlib import Path
 from pydantic import TypeAdapter
 
 from pipeline.core import json_files
-from pipeline.core.errors import Kind
+from pipeline.core.errors import ORDERLY, Kind
 from pipeline.core.json_files import Damaged
 from pipeline.core.log_summary import Curves, EventSummary
 from pipeline.core.store import Store
@@ -178,7 +178,7 @@ def end_message(job: Job, recorded: str, verdict: Verdict | None, kind: str | No
     if row is FAILURES["cancelled"]:
         is_cascade = job.reason == "DependencyNeverSatisfied"
         return FAILURES["never_started"].text() if is_cascade else row.text(user=job.cancelled_by or "somebody")
-    if kind == Kind.STOPPED:  # and then its job did not go on
+    if kind in ORDERLY:  # and then its job did not go on
         return f"{recorded} (Slurm ended its job: {_plain_end(job)})"
     if recorded not in ("", CUT_OFF):
         return recorded

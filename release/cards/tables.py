@@ -21,6 +21,7 @@ from release.facts.variant_facts import VariantFacts
 from release.layout import MERGE, UNMERGED, numbered, trained_by
 from stages.confidence import Figure, half_width
 from stages.evaluation.scores import ModelScores, Proportion
+from stages.train.rehearsal import within
 
 MOST_CHANGES = 30
 """Changed settings that a card lists."""
@@ -396,16 +397,16 @@ def rehearsals(rows: Iterable[run_facts.Rehearsal]) -> list[str]:
     for row in rows:
         measured, moved, speeds = row.measured, "not stated", ["not stated", "not stated"]
         if measured is not None:
-            moved = f"{count(measured['moved_ranks'])}, of {count(measured['nodes'])} nodes"
+            moved = f"{count(measured['moved_ranks'])}; {count(measured['nodes'])}"
             speeds = [f"{measured[name]:,.0f}" if measured[name] else "no plan" for name in SPEEDS]
             speeds[0] += " (slow)" if measured["slow"] else ""
-        equal = "bit for bit" if row.compared["exact"] else "within the tolerance of kernels"
+        equal = "bit for bit" if row.compared["exact"] else within(exact=False).strip()
         body.append([title(row.phase, PHASES), count(row.compared["ranks"]), moved, equal, *speeds])
     sentence = (
         "Before each of these phases its first steps were rehearsed: a step after a restart from a work checkpoint was "
         "compared with the one before it, on every rank (`evidence/rehearsals/`), and ten further steps were timed:"
     )
-    head = ["phase", "ranks", "moved to another node", "the step is equal", "tokens a second", "planned"]
+    head = ["phase", "ranks", "ranks that moved; nodes", "the step is equal", "tokens a second", "planned"]
     return explained_table(sentence, head, body)
 
 

@@ -139,16 +139,17 @@ class Rehearsal:
 
     @property
     def measured(self) -> provenance.Rehearsed | None:
-        """What its last start measured; None if no statement has it."""
+        """The measurements of its last start; None if no statement has them."""
         starts = [] if self.statement is None else provenance.starts(self.statement)
         return next((start["rehearsed"] for start in reversed(starts) if "rehearsed" in start), None)
 
 
 def read_rehearsals(root: Path, statements: Iterable[provenance.Statement]) -> list[Rehearsal]:
     """Reads the rehearsals of a release, in the order of their phases."""
-    made = {provenance.parameters_of(body)["node"]: body for body in statements if provenance.kind(body) is None}
+    sealed = (body for body in statements if provenance.kind(body) is None)
+    statements_of = {provenance.parameters_of(body)["node"]: body for body in sealed}
     files = sorted((root / REHEARSALS).glob("*.json"), key=lambda path: when(path.stem))
-    return [Rehearsal(path.stem, read_json(path), made.get(f"{NAME}-{path.stem}")) for path in files]
+    return [Rehearsal(path.stem, read_json(path), statements_of.get(f"{NAME}-{path.stem}")) for path in files]
 
 
 def usage_by_stage(statements: Iterable[provenance.Statement]) -> Costs:

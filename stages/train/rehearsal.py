@@ -10,7 +10,8 @@ from typing import Annotated, Any, Literal
 
 from pipeline.core.bounds import Range
 from pipeline.core.stage import Config, operational
-from pipeline.graph.dag import NodeSpec
+from pipeline.core.store import Store
+from pipeline.graph.dag import Graph, NodeSpec
 from stages.models.base import ModelConfig
 from stages.models.parallel_layout import Layout
 from stages.train.config import PhaseConfig, SftConfig
@@ -77,6 +78,11 @@ def difference(before: Iterable[dict[str, Any]], after: Iterable[dict[str, Any]]
     return None
 
 
+def within(exact: bool) -> str:
+    """Returns what qualifies the word *equal* for a repeated step."""
+    return "" if exact else " within the tolerance of kernels"
+
+
 def differing(before: Sequence[str], now: Sequence[str]) -> str | None:
     """Returns the ranks whose digests differ, as the beginning of a clause; None if none do."""
     ranks = [rank for rank, pair in enumerate(zip_longest(before, now)) if pair[0] != pair[1]]
@@ -110,6 +116,12 @@ def with_rehearsals(
             yield rehearsal
             spec = replace(spec, after=(*spec.after, rehearsal.name))
         yield spec
+
+
+def is_unrehearsed(graph: Graph, phase: str, store: Store) -> bool:
+    """Returns True if a phase of a graph is sealed, and the rehearsal that the graph has for it is not."""
+    rehearsal = graph.nodes.get(f"{NAME}-{phase}")
+    return rehearsal is not None and store.sealed(graph.nodes[phase].key) and not store.sealed(rehearsal.key)
 
 
 def _is_costly(phase: PhaseConfig, section: RehearsalSection, model: ModelConfig, padded_vocab_size: int) -> bool:

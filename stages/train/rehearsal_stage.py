@@ -51,7 +51,8 @@ def _estimate(config: RehearsalConfig) -> Estimate:
     needs, size = estimate(rehearsed_part(config)), checkpoint_size(config).all
     assert needs.training is not None
     training = replace(needs.training, release_checkpoints=0, work_checkpoints=1, checkpoint_interval=STEPS)
-    return replace(needs, training=training, disk_bytes=100_000, work_bytes=size, files=2, published=())
+    disk = 100_000 + 200 * config.layout.ranks  # each rank has a digest in the lines before and after
+    return replace(needs, training=training, disk_bytes=disk, work_bytes=size, files=2, published=())
 
 
 def _time(config: RehearsalConfig, gpu: Accelerator) -> TrainingTime:

@@ -19,7 +19,8 @@ from pipeline.core.provenance import Rehearsed
 from pipeline.core.store import canonical
 from stages.formats.table import write_json
 from stages.train import log
-from stages.train.rehearsal import COMPARED, FILE, SAVED, STEPS, RehearsalConfig, difference, differing
+from stages.train.checkpoint.work_checkpoint import NoWholeCheckpoint
+from stages.train.rehearsal import COMPARED, FILE, SAVED, STEPS, RehearsalConfig, difference, differing, within
 from stages.train.text_trainer import SpikeDetector, TextTrainer
 
 NODES = "nodes.json"
@@ -52,7 +53,10 @@ class Rehearsal(TextTrainer):
     def run(self, stop: list[int], out: Path) -> None:
         """Takes the steps of this start, and fills `out` if it was one after the restart."""
         ranks, first = self.engine.ranks, self.phase.first_step - 1
-        step = self._start()
+        try:
+            step = self._start()
+        except NoWholeCheckpoint as error:  # on all ranks
+            raise self._failed(str(error)) from None
         self.begin(step)
         if step == first + SAVED:
             (saved,) = [line["digests"] for line in self.log_lines() if line["step"] == step and "digests" in line]
@@ -65,15 +69,15 @@ class Rehearsal(TextTrainer):
             self.log.write({"step": step, "digests": self._digests()})
             self._save(step)
 
-        # The log of an earlier start has this step with its digests only if that start ended as it should.
+        # Written last by the start before the restart: without it, this start takes that one's place.
+        is_control = ranks.from_first(not (self.work / NODES).exists())
         earlier = _lines_of(first + COMPARED, self.log.replay.lines)
-        is_control = ranks.from_first(not any("digests" in line for line in earlier))
+        if ranks.from_first(not is_control and not any("digests" in line for line in earlier)):
+            raise self._failed("the start after the restart did not find what the one before had saved")
         step = self._take(step, stop)
         self.log.write({"step": step, "digests": self._digests()})
         nodes = ranks.gather(node_name())
         if is_control:
-            if ranks.from_first((self.work / NODES).exists()):
-                raise self._failed("the start after the restart did not find what the one before had saved")
             self.checkpoints.wait()
             if self.first:
                 atomic_files.write(self.work / NODES, json.dumps(nodes))
@@ -161,9 +165,10 @@ class Rehearsal(TextTrainer):
         path = log.start_path(self.work, self.report.lease)
         atomic_files.write(path, json.dumps({**json.loads(path.read_text()), "rehearsed": rehearsed}) + "\n")
         plan = f"{speed / planned:.0%} of the plan" if planned else "the plan does not state its speed"
+        moved = f"{rehearsed['moved_ranks']} of {len(nodes)} ranks on another node"
         self.report.note(
-            f"{self.name}: a step came out equal after a restart, of {rehearsed['moved_ranks']} of {len(nodes)} ranks "
-            f"on another node; {slow or f'{speed:,.0f} tokens a second ({plan})'}"
+            f"{self.name}: a step came out equal{within(self._is_exact)} after a restart, of {moved}; "
+            f"{slow or f'{speed:,.0f} tokens a second ({plan})'}"
         )
 
 

@@ -54,6 +54,10 @@ SLOWEST_POLL = 1.0
 """The longest pause of a thread that waits for files of other ranks."""
 
 
+class NoWholeCheckpoint(AtomError):
+    """Every work checkpoint is damaged. Raised on all ranks."""
+
+
 class Checkpoints:
     """The work checkpoints of one attempt. Methods are collective but for `failed`."""
 
@@ -328,7 +332,7 @@ class Checkpoints:
                 problems.append(damage)
                 self.report.note(f"work checkpoint {name} is damaged ({damage}); going back to the one before it")
         if problems:
-            raise AtomError(
+            raise NoWholeCheckpoint(
                 f"every work checkpoint in {self.work} is damaged (newest: {problems[0]}); "
                 f"remove {self.work} to start this stage anew"
             )

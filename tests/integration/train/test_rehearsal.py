@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -82,8 +83,9 @@ def test_a_good_rehearsal_is_recorded(longer_corpus: Path, tmp_path: Path) -> No
     assert "a step came out equal after a restart, of 0 of 1 ranks on another node" in report.notes[-1]
 
 
+@pytest.mark.parametrize("killed", [False, True])
 def test_a_restart_with_other_weights_fails(
-    longer_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    longer_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed: bool
 ) -> None:
     before(longer_corpus, tmp_path)
     load = Engine.load_state
@@ -93,6 +95,8 @@ def test_a_restart_with_other_weights_fails(
         _, tensors = next(iter(engine.state()))
         tensors["weight"].data.mul_(1 + 1e-6)
 
+    if killed:  # before it recorded the nodes
+        (tmp_path / "work/nodes.json").unlink()
     monkeypatch.setattr(Engine, "load_state", load_wrongly)
     sentence = "rehearsal of pretrain failed: after the restart, 1 of 1 ranks, the first of them rank 0, hold not what was saved"
     with pytest.raises(CheckFailed, match=sentence):
@@ -124,6 +128,26 @@ def test_a_lost_checkpoint_fails(longer_corpus: Path, tmp_path: Path) -> None:
     (attempt,) = tmp_path.glob("work/attempt-*")
     shutil.rmtree(attempt)
     with pytest.raises(CheckFailed, match="did not find what the one before had saved"):
+        start(longer_corpus, tmp_path)
+    before(longer_corpus, tmp_path)
+
+
+def test_a_start_that_was_killed_before_its_end_is_made_again(longer_corpus: Path, tmp_path: Path) -> None:
+    before(longer_corpus, tmp_path)
+    (tmp_path / "work/nodes.json").unlink()
+    before(longer_corpus, tmp_path)
+    start(longer_corpus, tmp_path)
+
+
+def test_a_damaged_checkpoint_fails_and_the_next_run_rehearses_anew(longer_corpus: Path, tmp_path: Path) -> None:
+    before(longer_corpus, tmp_path)
+    files = [path for path in tmp_path.glob("work/attempt-*/**/*") if path.is_file() and path.name != "training.jsonl"]
+    largest = max(files, key=lambda path: path.stat().st_size)
+    body = bytearray(largest.read_bytes())
+    body[len(body) // 2] ^= 1
+    largest.chmod(0o644)
+    largest.write_bytes(body)
+    with pytest.raises(CheckFailed, match="every work checkpoint in .* is damaged"):
         start(longer_corpus, tmp_path)
     before(longer_corpus, tmp_path)
 
@@ -246,17 +270,22 @@ def test_the_release_has_the_rehearsals(smoke_home: Path, tmp_path: Path) -> Non
     home, folder = tmp_path / "home", tmp_path / "home/releases/atom-smoke-0.1.0"
     shutil.copytree(smoke_home, home)  # with the logs, which a release holds
     path = write(tmp_path / "r.yaml", rehearsal={"above_gpu_hours": 0.0})
+    planned = {row["name"] for row in json.loads(atom(home, "plan", path, "--json").stdout)["stages"]}
+    assert not any(name.startswith("rehearsal-") for name in planned), "a sealed phase is not rehearsed"
+    for artifact in (home / "artifacts").iterdir():
+        if re.match("(pretrain|midtrain|sft)(@[0-9]+)?-", artifact.name):
+            shutil.rmtree(artifact)
     atom(home, "run", path)
     atom(home, "build", path)
 
     gate = json.loads((folder / "evidence/gates.json").read_text())["rehearsals"]
-    assert gate == {"ok": True, "detail": "3 phases were rehearsed, with an equal step after a restart"}
+    assert gate == {"ok": True, "detail": "3 phases were rehearsed: a step after a restart is equal"}
     second = [sys.executable, str(folder / "evidence/independent_verifier.py"), str(folder)]
     assert subprocess.run(second, check=False).returncode == 0
     checks = json.loads(atom(home, "verify", str(folder), "--json").stdout)["checks"]
     assert [check["ok"] for check in checks if check["name"] == "rehearsals"] == [True]
     card = (folder / "model/README.md").read_text()
-    assert card.count("| 1 | 0, of 1 nodes | bit for bit | ") == 3 and card.count("| no plan |") == 3
+    assert card.count("| 1 | 0; 1 | bit for bit | ") == 3 and card.count("| no plan |") == 3
 
     shown = json.loads(atom(home, "show", str(folder), "--json").stdout)["rehearsals"]
     assert list(shown) == ["pretrain", "midtrain", "sft"] and all(row["tokens_per_s"] > 0 for row in shown.values())
