@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from pipeline.core.text import escaped
 from pipeline.core.yaml_text import read_trusted
@@ -388,9 +388,6 @@ def checkpoints(rows: list[Checkpoint]) -> list[str]:
     return table(["branch", "phase", "step"], body)
 
 
-SPEEDS: tuple[Literal["tokens_per_s", "planned_tokens_per_s"], ...] = ("tokens_per_s", "planned_tokens_per_s")
-
-
 def rehearsals(rows: Iterable[run_facts.Rehearsal]) -> list[str]:
     """Returns what the rehearsals of phases found; none without any."""
     body = []
@@ -398,8 +395,8 @@ def rehearsals(rows: Iterable[run_facts.Rehearsal]) -> list[str]:
         measured, moved, speeds = row.measured, "not stated", ["not stated", "not stated"]
         if measured is not None:
             moved = f"{count(measured['moved_ranks'])}; {count(measured['nodes'])}"
-            speeds = [f"{measured[name]:,.0f}" if measured[name] else "no plan" for name in SPEEDS]
-            speeds[0] += " (slow)" if measured["slow"] else ""
+            speed, planned = f"{measured['tokens_per_s']:,.0f}", measured["planned_tokens_per_s"]
+            speeds = [speed + " (slow)" * measured["slow"], f"{planned:,.0f}" if planned else "no plan"]
         equal = "bit for bit" if row.compared["exact"] else within(exact=False).strip()
         body.append([title(row.phase, PHASES), count(row.compared["ranks"]), moved, equal, *speeds])
     sentence = (
