@@ -1,6 +1,6 @@
 """How the data stages grow: memory, processor time and disk at growing corpora, fitted and held against limits.
 
-    .venv/bin/python bench/data_scale.py               # 10,000 to 1,000,000 documents, some twelve minutes
+    .venv/bin/python bench/data_scale.py               # 10,000 to 1,000,000 documents, some thirteen minutes
     .venv/bin/python bench/data_scale.py --quick       # 2,000 and 4,000 documents; its laws mean nothing
     .venv/bin/python bench/data_scale.py --full        # also 3,000,000, about half an hour
 
@@ -8,9 +8,12 @@ A corpus is short documents of pseudo-words in JSON Lines files of 10,000 docume
 document in a hundred is a copy of an earlier one and one in fifty differs from one in three words. Each stage runs as
 on a cluster: a process for the parts, another that joins them. Peak memory is that of the largest process of a stage.
 Its slope is by least squares over the sizes that fill buffers, of memory without the pages of mapped files, which the
-kernel takes back. Joining is serial work, parts are divided by tasks. Extrapolated is `open.yaml`, with 1.2 and 6
-billion documents of 4.3 kB in parts of 1.2 million on 200 tasks: the time of parts grows with bytes of text, that of
-joins with documents and with parts, by least squares over both.
+kernel takes back: from 300,000 documents on. The parts of `duplicates` are the exception: DuckDB has a buffer of 250
+MB, which a partition fills only at some three million documents, and until then its growth is that of the buffer. So
+one partition alone, of hashes drawn at random, is fitted from 3 to 10 million documents, and a slope of smaller corpora
+is not judged there. Peak memory is judged at every size. Joining is serial work, parts are divided by tasks.
+Extrapolated is `open.yaml`, with 1.2 and 6 billion documents of 4.3 kB in parts of 1.2 million on 200 tasks: the time
+of parts grows with bytes of text, that of joins with documents and with parts, by least squares over both.
 
 The last line is one JSON object. Its ratio is the smallest of limit / measured: 1 or more holds every limit.
 """
@@ -28,6 +31,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -67,6 +71,10 @@ STAGES = (
     "order-pretrain", "order-midtrain",
 )  # fmt: skip
 SEARCH, READER = "contamination", "a rank's reader"
+PARTITION, COLUMNS = "a partition", ("hash_high", "band_00")
+"""One partition of `duplicates`: of equal texts, or of a band of MinHash."""
+PARTITION_SIZES, PARTITION_FILE = (3_000_000, 10_000_000), 20_000
+"""Documents of a partition, from those on that fill the buffer of DuckDB; of each of its files."""
 
 
 @dataclass(frozen=True)
@@ -144,6 +152,24 @@ def write_recipe(folder: Path, documents: int, file_size: int) -> Path:
     return folder / "recipe.yaml"
 
 
+def write_hashes(folder: Path, documents: int) -> None:
+    """Hashes as the stage `filter` writes them: one document in a hundred is a copy, one in fifty shares a band."""
+    import pyarrow as pa
+
+    from pipeline.core.parts import part_file
+    from stages.formats.table import write_table
+
+    rng = np.random.default_rng(0)
+    (folder / "web").mkdir(parents=True)
+    for number, first in enumerate(range(0, documents, PARTITION_FILE)):
+        count = min(PARTITION_FILE, documents - first)
+        high, low, band = rng.integers(0, 2**64, (3, count), np.uint64)
+        for column in (high, low, band):
+            column[7::100] = column[6::100][: len(column[7::100])]
+        band[9::50] = band[8::50][: len(band[9::50])]
+        write_table(folder / "web" / part_file(number), pa.table({"hash_high": high, "hash_low": low, "band_00": band}))
+
+
 # --- one process
 
 
@@ -208,6 +234,18 @@ def read_as_a_rank(store: Store, graph: dag.Graph) -> None:
         shards.batch(order.rows(int(step)), phase.sequence_length, False)
 
 
+def search_partition(home: Path, column: str) -> None:
+    """Finds the documents that share a value of a column of hashes, as a task of `duplicates` does."""
+    from stages.data.curate import duplicates_stage
+    from stages.data.curate.duplicate_groups import write_stars
+    from stages.data.curate.settings import Partition, SourcePart
+    from stages.formats.database import connect
+
+    parts = [SourcePart(0, "web", number) for number in range(len(list((home / "web").iterdir())))]
+    with tempfile.TemporaryDirectory(dir=home) as work, connect(Path(work), duplicates_stage.MEMORY) as database:
+        write_stars(database, Path(work), home, parts, Partition(column, 0, 1))
+
+
 def used() -> tuple[float, int]:
     """Processor seconds and bytes read by this process and its ended children."""
     usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
@@ -226,10 +264,13 @@ def child(home: Path, recipe: Path, name: str, mode: str) -> None:
 
     thread = threading.Thread(target=sample, daemon=True)
     thread.start()
-    store = Store(home)
-    graph = dag.compose(recipes.load(str(recipe)), store)
+    if name != PARTITION:
+        store = Store(home)
+        graph = dag.compose(recipes.load(str(recipe)), store)
     before = used()  # planning hashes the source; the job of a stage gets its config from the plan
-    if name == READER:
+    if name == PARTITION:
+        search_partition(home, mode)
+    elif name == READER:
         read_as_a_rank(store, graph)
     elif name == SEARCH:
         search_items(store, graph, mode)
@@ -253,6 +294,33 @@ def bytes_below(folder: Path) -> int:
     return sum(files.values())
 
 
+def run_child(home: Path, recipe: Path, name: str, mode: str, documents: int) -> dict[str, Any]:
+    """What a process of its own used; prints the beginning of its row."""
+    command = [sys.executable, "-P", __file__, "--child", str(home), str(recipe), name, mode]
+    environment = {**os.environ, **JOB_ENVIRONMENT}
+    process = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    if process.returncode:
+        raise SystemExit(f"{name} of {documents} documents, {mode}:\n{process.stderr[-3000:]}")
+    usage: dict[str, Any] = json.loads(process.stdout.splitlines()[-1])
+    figures = f"{usage['seconds']:9.1f} s {usage['peak'] / 1e6:7.0f} MB {usage['private'] / 1e6:7.0f} MB"
+    print(f"{documents:>10,} {name:>16} {mode:>9}{figures}", end="", flush=True)
+    return usage
+
+
+def measure_partitions(sizes: Sequence[int], place: Path) -> list[Measured]:
+    """One partition of `duplicates` of each size, by equal texts and by a band."""
+    rows = []
+    for documents in sizes:
+        write_hashes(place, documents)
+        for column in COLUMNS:
+            usage = run_child(place, place, PARTITION, column, documents)
+            print()
+            parts = -(-documents // PARTITION_FILE)
+            rows.append(Measured(PARTITION, column, documents, 0, parts, **usage, work=0, out=0))
+        shutil.rmtree(place)
+    return rows
+
+
 def measure(documents: int, place: Path, words: int = SHORT, file_size: int = FILE) -> list[Measured]:
     """Each process of each stage on a corpus of that size."""
     place.mkdir()
@@ -263,19 +331,12 @@ def measure(documents: int, place: Path, words: int = SHORT, file_size: int = FI
     for name in (*STAGES, SEARCH, READER):
         in_parts = name == SEARCH or (name in STAGES and graph.nodes[name].stage.run_shard is not None)
         for mode in ("parts", "join") if in_parts else ("join",):
-            command = [sys.executable, "-P", __file__, "--child", str(home), str(recipe), name, mode]
-            environment = {**os.environ, **JOB_ENVIRONMENT}
-            process = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-            if process.returncode:
-                raise SystemExit(f"{name} of {documents} documents, {mode}:\n{process.stderr[-3000:]}")
-            usage = json.loads(process.stdout.splitlines()[-1])
+            usage = run_child(home, recipe, name, mode, documents)
             work = bytes_below(home / "work")
             out = bytes_below(home / "artifacts") if (home / "artifacts").exists() else 0
             parts = -(-documents // file_size)
             rows.append(Measured(name, mode, documents, text, parts, **usage, work=work, out=out))
-            figures = f"{usage['seconds']:9.1f} s {usage['peak'] / 1e6:7.0f} MB {usage['private'] / 1e6:7.0f} MB"
-            disk = f"{work / text:6.2f}{out / text:6.2f}"
-            print(f"{documents:>9,} {name:>16} {mode:>6}{figures}{disk}", flush=True)
+            print(f"{work / text:6.2f}{out / text:6.2f}", flush=True)
         shutil.rmtree(home / "work", ignore_errors=True)
     shutil.rmtree(place)
     return rows
@@ -322,15 +383,22 @@ def summarize(rows: list[Measured], long: list[Measured]) -> dict[str, Any]:
     for stage, mode in processes:
         mine = [row for row in rows if (row.stage, row.mode) == (stage, mode)]
         peak, (_, slope) = max(row.peak for row in mine), fit(filled(mine), "documents", "private")
-        line = f"{stage + ' ' + mode:>24}{peak / 1e6:9.0f}{slope:12.1f}"
+        ratios[f"peak memory of {stage}, {mode}"] = PEAK / peak
+        line = f"{stage + ' ' + mode:>24}{peak / 1e6:9.0f}"
+        if (stage, mode) == ("duplicates", "parts"):
+            line += f"{'':12}"  # its partitions have the slope
+        else:
+            line += f"{slope:12.1f}"
+            ratios[f"memory a document of {stage}, {mode}"] = SLOPE / max(slope, 1e-9)
+        if stage == PARTITION:
+            print(line)
+            continue
         if mode == "parts":
             (_, by_text), by_document, by_part = fit(mine, "text", "seconds"), 0.0, 0.0
             print(f"{line}{by_text * 1e6:9.3f}")
         else:
             by_document, by_part = join_seconds(mine, [row for row in long if (row.stage, row.mode) == (stage, mode)])
             print(f"{line}{'':9}{by_document * 1e6:13.2f}{by_part * 1e3:9.2f}")
-        ratios[f"peak memory of {stage}, {mode}"] = PEAK / peak
-        ratios[f"memory a document of {stage}, {mode}"] = SLOPE / max(slope, 1e-9)
         for documents in serial:
             if stage == READER:
                 continue  # part of training: each rank reads its own rows
@@ -369,6 +437,9 @@ if __name__ == "__main__":
         sizes = arguments.sizes or (QUICK if arguments.quick else SIZES + FULL * arguments.full)
         with tempfile.TemporaryDirectory() as folder:
             measured = [row for size in sizes for row in measure(size, Path(folder) / str(size))]
+            print(f"one partition of duplicates, in files of {PARTITION_FILE:,} documents")
+            partitions = QUICK if arguments.quick else PARTITION_SIZES
+            measured += measure_partitions(partitions, Path(folder) / "hashes")
             print(f"parts of {SMALL_FILE} documents")
             small = min(LONG_DOCUMENTS, *sizes[-2:])
             measured += measure(small, Path(folder) / "small", file_size=SMALL_FILE)

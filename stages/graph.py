@@ -31,6 +31,7 @@ from stages.evaluation.settings import (
     text_item_nodes,
 )
 from stages.export.nodes import export_node, reward_node, variant_nodes
+from stages.miniature import miniature
 from stages.recipe import ReleaseRecipe
 from stages.rl.nodes import PostTraining, offline_nodes, online_nodes, trained_models
 from stages.train import nodes, smaller_model
@@ -55,6 +56,7 @@ __all__ = [
     "extension_modules",
     "gates",
     "load_data_recipe",
+    "miniature",
     "problems",
     "start_from",
     "supply",

@@ -43,6 +43,9 @@ def init(
     ranks: Annotated[
         int | None, typer.Option("--ranks", min=1, help="GPUs of the largest phase; the others in proportion")
     ] = None,
+    miniature: Annotated[
+        bool, typer.Option("--miniature", help="write it at the size of one machine, with its data recipe")
+    ] = False,
     cluster: Annotated[
         Path | None,
         typer.Option("--cluster", metavar="FILE", help="cluster profile to write, from what Slurm says here"),
@@ -61,6 +64,9 @@ def init(
     With --start-from, a recipe such as atom-smoke-adapter begins with that model: a model's folder of a release, or a
     repository of the Hub. Its digest and its license are written into the recipe.
 
+    With --miniature, the recipe and NAME-data.yaml have the sections, stages, gates and options of a packaged recipe,
+    with widths, tokens, steps, ranks and sets so small that the whole runs on one machine without a GPU.
+
     With --cluster, on a host that reaches Slurm, a cluster profile is written too: a packaged one with the partitions,
     nodes, cores, memory, time limits and account that Slurm names.
 
@@ -69,7 +75,12 @@ def init(
     from pipeline.core.errors import AtomError
     from pipeline.operations import recipe_check, site_profile
 
-    path = recipe_check.write_recipe(name, source, Path(), start_from, ranks)
+    if miniature and (start_from or ranks):
+        raise AtomError("--miniature sets the ranks and begins with random weights; leave --start-from and --ranks out")
+    if miniature:
+        path = recipe_check.write_miniature(name, source, Path())
+    else:
+        path = recipe_check.write_recipe(name, source, Path(), start_from, ranks)
     option = ""
     if cluster is not None:
         try:
@@ -79,7 +90,8 @@ def init(
             raise
         print(f"{cluster} is {like} with what Slurm says of this cluster; change what Slurm cannot know")
         option = f" --cluster {cluster}"
-    print(f"{path} is a copy of {source}; change it, and check it: atom validate {path}{option}")
+    kind = "miniature" if miniature else "copy"
+    print(f"{path} is a {kind} of {source}; change it, and check it: atom validate {path}{option}")
 
 
 @app.command()

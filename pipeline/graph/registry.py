@@ -49,6 +49,9 @@ class Definition(Protocol):
     def start_from(self, model: str) -> dict[str, str]:
         """Returns the fields of the section `start_from` for a published model."""
 
+    def miniature(self, recipe: Any, data: Any) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
+        """Returns the fields of a recipe and of its data recipe at the size of one machine, and what a CPU lacks."""
+
 
 @cache
 def definition() -> Definition:

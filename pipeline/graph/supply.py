@@ -18,7 +18,7 @@ class SourceSupply:
     source: str
     # After filters and deduplication; None if they are not known.
     tokens: float | None
-    # `probed`, `stated` or `unknown`.
+    # `probed`, `stated`, `computed` or `unknown`.
     basis: str
     # The sample, or who states it; empty if they are not known.
     where: str

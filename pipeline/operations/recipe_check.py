@@ -12,6 +12,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import yaml
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from pipeline.core.bounds import ReleaseName
@@ -40,6 +41,15 @@ HEAD = """\
 # What {source} says of itself:
 #
 """
+MINIATURE_HEAD = """\
+# {name}: the miniature of {source}, by `atom init {name} --from {source} --miniature`. It has the sections, stages,
+# gates and options of {source}, small enough for one machine: docs/operators.md, "Miniatures", has the rule, and what
+# such a run shows.
+#
+#     atom pin {file}              sizes and digests of the sources, from the Hub that HF_ENDPOINT names
+#     atom run {file}
+#
+"""
 
 
 def write_recipe(name: str, source: str, folder: Path, start_from: str | None = None, ranks: int | None = None) -> Path:
@@ -56,6 +66,53 @@ def write_recipe(name: str, source: str, folder: Path, start_from: str | None = 
         AtomError: The name is none of a release or is that of a packaged recipe, no packaged recipe is called `source`,
             the model cannot be read, or the recipe cannot be written or exists already.
     """
+    origin = _packaged(name, source)
+    path = folder / f"{name}.yaml"
+    # The name is the first field of a packaged recipe; the comments before it stay.
+    comments, _, fields = _with_start(origin, start_from).partition("\nname: ")
+    head = HEAD.format(name=name, source=origin.stem, file=path.name)
+    fields = fields.partition("\n")[2]
+    if ranks is not None:
+        fields = _with_ranks(fields, ranks, origin.stem)
+    text = f"{head}{comments}\nname: {name}\n{fields}"
+    _write_new(path, text)
+    return path
+
+
+def write_miniature(name: str, source: str, folder: Path) -> Path:
+    """Writes the miniature of a packaged recipe, `<folder>/<name>.yaml`, and `<name>-data.yaml`. Returns the path.
+
+    Raises:
+        AtomError: As `write_recipe` does.
+    """
+    origin = _packaged(name, source)
+    raw = parse_yaml(read_file(origin, "recipe"), "recipe")
+    data_path = recipe.find(raw["data"], "data_recipes", "data recipe", origin.parent)
+    data = parse_yaml(read_file(data_path, "data recipe"), "data recipe")
+    small, corpus, switched = registry.definition().miniature(raw, data)
+    path, corpus_path = folder / f"{name}.yaml", folder / f"{name}-data.yaml"
+    head = MINIATURE_HEAD.format(name=name, source=origin.stem, file=path.name)
+    notes = "".join(f"# switched for CPU: {line}\n" for line in switched)
+    # In one form, without aliases, so that each setting stands where it counts.
+    about = f"The miniature of {origin.stem}: it shows that all stages run, and nothing of what the model learns."
+    bodies = {
+        corpus_path: corpus | {"name": f"{name}-data"},
+        path: small | {"name": name, "description": about, "data": corpus_path.name},
+    }
+    for place, body in bodies.items():
+        text = json.dumps(body)  # yaml.safe_dump would name an object that occurs twice
+        lines = yaml.safe_dump(json.loads(text), sort_keys=False, allow_unicode=True, width=120)
+        _write_new(place, f"{head}{notes if place == path else ''}{lines}")
+    return path
+
+
+def _packaged(name: str, source: str) -> Path:
+    """Returns the file of a packaged recipe that becomes one of another name.
+
+    Raises:
+        AtomError: The name is none of a release or is that of a packaged recipe, or no packaged recipe is called
+            `source`.
+    """
     try:
         TypeAdapter(ReleaseName).validate_python(name)
     except ValidationError as error:
@@ -65,14 +122,11 @@ def write_recipe(name: str, source: str, folder: Path, start_from: str | None = 
         raise AtomError(f"{escaped(source, 80)} is no packaged recipe; copy your own file, and change its name")
     if (origin.parent / f"{name}.yaml").exists():
         raise AtomError(f"{name} is the name of a packaged recipe; choose another name")
-    path = folder / f"{name}.yaml"
-    # The name is the first field of a packaged recipe; the comments before it stay.
-    comments, _, fields = _with_start(origin, start_from).partition("\nname: ")
-    head = HEAD.format(name=name, source=origin.stem, file=path.name)
-    fields = fields.partition("\n")[2]
-    if ranks is not None:
-        fields = _with_ranks(fields, ranks, origin.stem)
-    text = f"{head}{comments}\nname: {name}\n{fields}"
+    return origin
+
+
+def _write_new(path: Path, text: str) -> None:
+    """Writes a file that must not exist. Raises AtomError if it does, or cannot be written."""
     try:
         with open(path, "x", encoding="utf-8") as file:
             file.write(text)
@@ -80,7 +134,6 @@ def write_recipe(name: str, source: str, folder: Path, start_from: str | None = 
         raise AtomError(f"{escaped(str(path))} exists, and is not overwritten; choose another name") from None
     except OSError as error:
         raise AtomError(f"{escaped(str(path))} cannot be written ({error.strerror}); go to another folder") from None
-    return path
 
 
 def _with_ranks(fields: str, ranks: int, title: str) -> str:

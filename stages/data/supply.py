@@ -1,7 +1,7 @@
 """The supply of a corpus: the tokens of each source, and those that the phases of a recipe ask for.
 
-Supply is probed by `atom pin`, or stated in the data recipe, or unknown. It has no documents that are held out. A phase
-without `pack` asks for at most the tokens here, since its rows are padded.
+Supply is probed by `atom pin`, or stated in the data recipe, or computed for documents that are drawn, or unknown. It
+has no documents that are held out. A phase without `pack` asks for at most the tokens here, since its rows are padded.
 """
 
 from __future__ import annotations
@@ -74,6 +74,9 @@ def _supply(section: SupplySection, source: SourceConfig, data: DataRecipe, aske
         where += f", with a problem: {problem}" if problem else ""
     elif source.supply is not None:
         tokens, basis, where = source.supply.tokens * share, "stated", source.supply.where
+    elif (drawn := source.reader.expected_tokens(source.bytes_per_token)) is not None:
+        tokens, basis = drawn * share, "computed"
+        where = f"expected different documents; tokens are digits, or {source.bytes_per_token:g} bytes of other text"
     can_probe = isinstance(source.reader, Hub) and source.name not in section.acknowledged_unprobed
     return SourceSupply(
         source=source.name,

@@ -105,7 +105,7 @@ def with_rehearsals(
         model: The section `model`.
         padded_vocab_size: Rows of the embedding matrix.
     """
-    costly = {phase.node for phase in phases if _is_costly(phase.config, section, model, padded_vocab_size)}
+    costly = {phase.node for phase in phases if is_costly(phase.config, section, model, padded_vocab_size)}
     for spec in specs:
         if spec.name in costly:
             phase: PhaseConfig = spec.config["phase"]
@@ -124,7 +124,7 @@ def is_unrehearsed(graph: Graph, phase: str, store: Store) -> bool:
     return rehearsal is not None and store.sealed(graph.nodes[phase].key) and not store.sealed(rehearsal.key)
 
 
-def _is_costly(phase: PhaseConfig, section: RehearsalSection, model: ModelConfig, padded_vocab_size: int) -> bool:
+def is_costly(phase: PhaseConfig, section: RehearsalSection, model: ModelConfig, padded_vocab_size: int) -> bool:
     """Returns True if a phase costs more than the section says, and has the steps for a rehearsal."""
     flops = phase.tokens(phase.first_step) * model.flops_per_token(padded_vocab_size, phase.sequence_length)
     is_above = section.above_gpu_hours is not None and flops / GPU_FLOPS / 3600 > section.above_gpu_hours

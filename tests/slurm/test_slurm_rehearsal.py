@@ -10,12 +10,12 @@ import yaml
 
 from pipeline.core import provenance
 from tests.fixtures import slurm_fixtures
-from tests.fixtures.run_fixtures import atom
+from tests.fixtures.run_fixtures import at_length, atom
 
 pytestmark = slurm_fixtures.ON_SLURM
 
 
-@pytest.mark.parametrize("spare", [0, 1])
+@pytest.mark.parametrize("spare", [0, pytest.param(1, marks=at_length("slurm-stages", 55))])
 def test_a_rehearsal_restarts_and_the_phase_follows(spare: int, home: Path, calm: str, tmp_path: Path) -> None:
     path = Path(slurm_fixtures.write_recipe(tmp_path))
     path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), "rehearsal": {"above_gpu_hours": 0.0}}))

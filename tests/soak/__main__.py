@@ -104,7 +104,7 @@ PARTS = {
     ),
     "slurm-stages": Part(
         test_steps(
-            *(f"tests/slurm/test_slurm_{name}.py" for name in ("submit", "operators", "survive", "relaunch", "nodes", "users", "verdicts", "watch", "tutorial"))
+            *(f"tests/slurm/test_slurm_{name}.py" for name in ("submit", "operators", "survive", "rehearsal", "relaunch", "nodes", "users", "verdicts", "watch", "tutorial"))
         ),
         ["tests", "result"], "The tests on Slurm at length: kills, node failures, daemons, a full disk.",
     ),

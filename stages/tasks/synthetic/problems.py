@@ -12,6 +12,7 @@ traced program is longer the more values it has.
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
@@ -116,6 +117,8 @@ def trace(rng: random.Random, level: int | None = None) -> Problem:
 
 
 TASKS: dict[str, Callable[..., Problem]] = {"add": add, "sort": sort, "sort_six": sort_six, "trace": trace}
+# Problems of each task; of `trace`, whose short programs are drawn more often, so many that repeats are as frequent.
+SPACES = {"add": 900**2, "sort": 10**5, "sort_six": 10**6, "trace": 3_200_000}
 
 
 def plain(problem: Problem) -> tuple[str, int]:
@@ -147,6 +150,12 @@ def draw(tasks: Mapping[str, float], count: int, rng: random.Random) -> list[Pro
     names = sorted(tasks)
     weights = [tasks[name] for name in names]
     return [TASKS[name](rng) for name in rng.choices(names, weights, k=count)]
+
+
+def expected_distinct(tasks: Mapping[str, float], count: float) -> float:
+    """Returns the expected number of different problems among those that `draw` returns."""
+    total = sum(tasks.values())
+    return sum(-SPACES[name] * math.expm1(-count * weight / total / SPACES[name]) for name, weight in tasks.items())
 
 
 def draw_distinct(task: str, count: int, rng: random.Random, without: Collection[str] = ()) -> list[Problem]:

@@ -242,6 +242,10 @@ class Reader(Config):
         """Core seconds to make a MB of text from its files, beside the law of `acquire`; for `atom plan` alone."""
         return 0.0
 
+    def expected_tokens(self, bytes_per_token: float) -> float | None:
+        """Returns the expected tokens of the different texts that it draws; None for a reader of files."""
+        return None
+
     @property
     def declared(self) -> dict[str, Any]:
         """Further entries of source.json."""

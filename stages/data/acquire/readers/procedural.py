@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import random
+import re
 from collections.abc import Iterator
+from statistics import mean
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, model_validator
@@ -13,8 +16,10 @@ from stages.data.acquire.readers import python_stdlib
 from stages.data.acquire.readers.base import Document, Drawn, Files, Reader, Unreadable
 from stages.formats.seeds import seed_of
 from stages.tasks.synthetic import courtesy_notes, passkeys
-from stages.tasks.synthetic.problems import FORMS, TASKS, draw, messages
+from stages.tasks.synthetic.problems import FORMS, TASKS, draw, expected_distinct, messages
 
+# Documents that are drawn to learn their mean tokens.
+SAMPLE = 200
 Characters = Annotated[int, Range(1, 1e7)]
 
 
@@ -33,7 +38,29 @@ TaskWeights = Annotated[
 ]
 
 
-class Problems(Reader):
+class Procedural(Reader):
+    """Base of the readers that draw documents with the seed of the recipe."""
+
+    count: Drawn
+    """number of documents"""
+
+    @property
+    def different(self) -> float:
+        """The expected number of different documents."""
+        return self.count
+
+    def mean_tokens(self, bytes_per_token: float) -> float:
+        """Returns the mean tokens of a document, by some that are drawn; the tokenizer splits digits singly."""
+        few = self.model_copy(update={"count": min(self.count, SAMPLE)}).documents(self.reader, 0, ())
+        pieces = (re.findall(r"\d|\D+", document.text) for document in few if isinstance(document, Document))
+        # One more ends the document.
+        return mean(1 + sum(max(1, len(piece) / bytes_per_token) for piece in each) for each in pieces)
+
+    def expected_tokens(self, bytes_per_token: float) -> float:
+        return self.different * self.mean_tokens(bytes_per_token)
+
+
+class Problems(Procedural):
     """Procedural problems, drawn with the seed of the recipe."""
 
     reader: Literal["problems"]
@@ -42,8 +69,10 @@ class Problems(Reader):
     """weights of tasks by name; they need not sum to 1"""
     form: Literal["plain", "worked"]
     """plain: question and answer; worked: with the steps between them"""
-    count: Drawn
-    """number of problems"""
+
+    @property
+    def different(self) -> float:
+        return expected_distinct(self.tasks, self.count)
 
     def documents(self, source: str, seed: int, files: Files) -> Iterator[Document | Unreadable]:
         rng = random.Random(seed_of(f"problems/{source}", seed))
@@ -52,7 +81,7 @@ class Problems(Reader):
             yield Document(f"{problem.task}/{i:07d}", text, problem.task, prompt_chars)
 
 
-class ChatProblems(Reader):
+class ChatProblems(Procedural):
     """Procedural problems as conversations, some of whose answers reason first."""
 
     reader: Literal["chat-problems"]
@@ -61,8 +90,11 @@ class ChatProblems(Reader):
     """weights of tasks by name; they need not sum to 1"""
     thinking: Share
     """share of answers that show their steps first"""
-    count: Drawn
-    """number of conversations"""
+
+    @property
+    def different(self) -> float:
+        shares = (self.thinking, 1 - self.thinking)
+        return sum(expected_distinct(self.tasks, self.count * share) for share in shares)
 
     @property
     def conversations(self) -> bool:
@@ -77,13 +109,11 @@ class ChatProblems(Reader):
             yield Document(f"{problem.task}/{i:07d}", text, problem.task, prompt_chars)
 
 
-class Courtesies(Reader):
+class Courtesies(Procedural):
     """Requests for a courteous note, with answers of mixed quality (stages/tasks/synthetic/courtesy_notes.py)."""
 
     reader: Literal["courtesies"]
     """selects this reader"""
-    count: Drawn
-    """number of conversations"""
 
     @property
     def conversations(self) -> bool:
@@ -99,7 +129,7 @@ class Courtesies(Reader):
             yield Document(f"{request.act.name}/{i:07d}", text, request.act.name, prompt_chars)
 
 
-class Passkeys(Reader):
+class Passkeys(Procedural):
     """Documents with a passkey to retrieve, in filler text from docstrings of the standard library.
 
     Lengths are drawn log-uniformly from `min_chars` to `max_chars`. Filler comes from PSF-2.0 text, the rest is this
@@ -108,8 +138,6 @@ class Passkeys(Reader):
 
     reader: Literal["passkeys"]
     """selects this reader"""
-    count: Drawn
-    """number of documents"""
     min_chars: Characters
     """minimum length of a document in characters"""
     max_chars: Characters
@@ -127,6 +155,11 @@ class Passkeys(Reader):
         if self.max_chars < self.min_chars:
             raise ValueError(f"max_chars = {self.max_chars} is below min_chars = {self.min_chars}; raise it")
         return self
+
+    def mean_tokens(self, bytes_per_token: float) -> float:
+        # By the law of the lengths: to draw some would mean to read the whole library for filler.
+        growth = math.log(self.max_chars / self.min_chars)
+        return ((self.max_chars - self.min_chars) / growth if growth else self.min_chars) / bytes_per_token
 
     def files(self, source: str) -> Files:
         return python_stdlib.library_files()
