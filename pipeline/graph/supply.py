@@ -24,7 +24,7 @@ class SourceSupply:
     where: str
     # The tokens that each phase asks for.
     asked: Mapping[str, float]
-    # The epochs that the recipe takes.
+    # The epochs that the recipe takes; infinite for documents that are drawn.
     most_epochs: float
     # It could be probed, was not or not well, and nothing says that it need not be.
     lacks_probe: bool
@@ -46,7 +46,8 @@ class SourceSupply:
 
     def json(self) -> dict[str, Any]:
         # JSON has no infinity.
-        return {**asdict(self), "epochs": self.epochs if self.tokens else None}
+        most = self.most_epochs if math.isfinite(self.most_epochs) else None
+        return {**asdict(self), "epochs": self.epochs if self.tokens else None, "most_epochs": most}
 
 
 def origins(rows: Sequence[SourceSupply]) -> list[str]:

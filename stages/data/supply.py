@@ -77,6 +77,8 @@ def _supply(section: SupplySection, source: SourceConfig, data: DataRecipe, aske
     elif (drawn := source.reader.expected_tokens(source.bytes_per_token)) is not None:
         tokens, basis = drawn * share, "computed"
         where = f"expected different documents; tokens are digits, or {source.bytes_per_token:g} bytes of other text"
+    # A rule that is to be learnt is meant to be seen often; what was measured of repeats is about natural text.
+    is_judged = basis != "computed" or source.name in section.acknowledged_epochs
     can_probe = isinstance(source.reader, Hub) and source.name not in section.acknowledged_unprobed
     return SourceSupply(
         source=source.name,
@@ -84,7 +86,7 @@ def _supply(section: SupplySection, source: SourceConfig, data: DataRecipe, aske
         basis=basis,
         where=where,
         asked=asked,
-        most_epochs=section.most_epochs(source.name),
+        most_epochs=section.most_epochs(source.name) if is_judged else math.inf,
         lacks_probe=can_probe and (probe is None or bool(problem)),
         text=source.pipeline or source.kind,
         curation_core_hours=estimates.core_hours_per_billion(

@@ -74,6 +74,28 @@ def test_cluster_recipes_ask_for_what_is_stated(name: str) -> None:
     }
 
 
+def test_the_supply_of_drawn_documents_is_computed() -> None:
+    rows = {each.source: each for each in graph.supply(recipes.load("atom-tiny"))}
+    assert {name for name, each in rows.items() if each.basis == "unknown"} == {"docstrings", "code"}
+    sums = rows["sums"]
+    assert sums.basis == "computed" and sums.tokens and sums.epochs and sums.epochs > 4
+    # Repeats of them are shown, and not refused.
+    assert supply.unserved([sums]) == [] and sums.json()["most_epochs"] is None
+
+
+def test_different_documents_are_counted() -> None:
+    """Against drawing them all: texts that differ, and their tokens if each digit is one and other text four bytes."""
+    recipe: Any = recipes.load("atom-tiny").data
+    sources = {each.name: each for each in recipe.sources}
+    for name in ("sums", "worked", "chat_problems", "courtesies"):
+        source = sources[name]
+        reader = source.reader.model_copy(update={"count": 3000})
+        texts = {each.text for each in reader.documents(name, 0, ())}
+        assert reader.different == pytest.approx(len(texts), rel=0.1)
+        tokens = sum(1 + sum(max(1, len(each) / 4) for each in re.findall(r"\d|\D+", text)) for text in texts)
+        assert reader.expected_tokens(4) == pytest.approx(tokens, rel=0.15)
+
+
 def test_a_probe_goes_before_what_is_stated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`plan` and `submit` by a lock file: probed, with other settings, with a problem, acknowledged."""
     monkeypatch.setenv("ATOM_HOME", str(tmp_path / "home"))
