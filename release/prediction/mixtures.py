@@ -76,8 +76,9 @@ def supply_of(graph: Graph, store: Store | None = None) -> dict[str, Supply]:
     for source in (source for source in data.sources if source.expected):
         tokens = source.expected.bytes / BYTES_PER_TOKEN
         supply[source.name] = Supply(tokens * (1 - data.heldout_fraction_of(source)), "expected")
-    known = {row.source: Supply(row.tokens, row.basis) for row in dag.supply(graph) if row.tokens is not None}
-    return supply | known
+    # Documents that are drawn may be repeated, so what `plan` computes of them is no limit.
+    rows = (row for row in dag.supply(graph) if row.tokens is not None and row.basis != "computed")
+    return supply | {row.source: Supply(row.tokens, row.basis) for row in rows}
 
 
 def mix_of(graph: Graph) -> dict[str, float]:
