@@ -145,7 +145,9 @@ def supply_table(rows: Sequence[SourceSupply]) -> Table:
             epochs = None if asked is None else row.epochs_of(asked)
             cells.append(_cell(asked) + ("" if epochs is None else f" {epochs:.2f}"))
         total = "" if row.epochs is None else f"{row.epochs:.2f}"
-        result.add_row(row.source, _cell(row.tokens), row.basis, *cells, total, f"{row.most_epochs:g}".replace("inf", "any"))
+        result.add_row(
+            row.source, _cell(row.tokens), row.basis, *cells, total, f"{row.most_epochs:g}".replace("inf", "any")
+        )
     return result
 
 
