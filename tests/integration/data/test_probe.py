@@ -239,7 +239,7 @@ def test_sources_on_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert lock.read_bytes() == before
     asked = {"pretrain": {"lines": 10.0, "sdists": 10.0, "drawn": 10.0}}
     supply = {row.source: row for row in supplies(SupplySection(), load(path), asked)}
-    assert [supply[name].basis for name in asked["pretrain"]] == ["probed", "probed", "unknown"]
+    assert [supply[name].basis for name in asked["pretrain"]] == ["probed", "probed", "computed"]
     assert supply["lines"].tokens == lines.kept_tokens / 2 and not supply["lines"].lacks_probe
     report = tmp_path / "report.html"
     with pytest.raises(AtomError):
