@@ -29,12 +29,12 @@ from stages.train.rehearsal import is_costly
 
 ROW, STEPS, LAYERS, ANSWER = 128, 6, 4, 16
 HELDOUT = 0.2
-WAIVER = "a miniature shows that everything runs, and no effect of training"
+WAIVER = "a miniature is made to see whether everything runs, and shows no effect of training"
 # The largest value by the path of a setting, * for any characters; the first pattern that fits counts.
 CAPS = {
     "tokenizer.*vocab_size": 512, "tokenizer.sample_bytes": 1_000_000,
     "model.hidden_size": 64, "model.heads": 4, "model.kv_heads": 2, "model.head_dim": 16, "model.experts": 4,
-    "model.num_experts_per_tok": 2, "model.*intermediate_size": 32,
+    "model.num_experts_per_tok": 2, "model.n_group": 2, "model.topk_group": 1, "model.*intermediate_size": 32,
     "*.validation.rows": 16, "*.replay.rows": 4, "*.tasks.*.count": 60, "dpo.*.count": 8,
     "*.prompts_per_step": 4, "*.num_generations": 4, "dpo.updates": 2, "reward_model.pairs": 4,
     "evaluation.problems.*": 20, "evaluation.heldout_documents": 4, "evaluation.context.per_cell": 1,
@@ -43,10 +43,24 @@ CAPS = {
     "sources.*.parts": 2, "sources.*.reader.count": 400, "sources.*.expected.documents": 100,
     "sources.*.expected.bytes": 1_000_000,
 }  # fmt: skip
-TOKENS = ("*sequence_length", "model.context_length", "*.over", "*.original_length", "evaluation.context.lengths.*",
-          "evaluation.context.short", "*max_new_tokens")  # fmt: skip
-IN_STEPS = ("*.warmup_steps", "*.decay_steps", "*.rewind_steps", "*.until_step", "*.validation.every",
-            "*validate_every", "*checkpoint_interval")  # fmt: skip
+TOKENS = (
+    "*sequence_length",
+    "model.context_length",
+    "*.over",
+    "*.original_length",
+    "evaluation.context.lengths.*",
+    "evaluation.context.short",
+    "*max_new_tokens",
+)
+IN_STEPS = (
+    "*.warmup_steps",
+    "*.decay_steps",
+    "*.rewind_steps",
+    "*.until_step",
+    "*.validation.every",
+    "*validate_every",
+    "*checkpoint_interval",
+)
 DEGREES = ("tp", "pp", "vpp", "cp", "ep", "etp")
 # Settings of a layout that only GPUs have.
 ONLY_GPU = ("dispatcher", "fusions", "cuda_graphs", "deterministic")

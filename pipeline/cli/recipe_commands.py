@@ -64,8 +64,9 @@ def init(
     With --start-from, a recipe such as atom-smoke-adapter begins with that model: a model's folder of a release, or a
     repository of the Hub. Its digest and its license are written into the recipe.
 
-    With --miniature, the recipe and NAME-data.yaml have the sections, stages, gates and options of a packaged recipe,
-    with widths, tokens, steps, ranks and sets so small that the whole runs on one machine without a GPU.
+    With --miniature, the recipe and NAME-data.yaml have the sections, stages, gates and options of one for clusters,
+    and widths, tokens, steps, ranks and sets that are small, to try its phases on one machine without a GPU. The
+    operators' page says how far that has been done.
 
     With --cluster, on a host that reaches Slurm, a cluster profile is written too: a packaged one with the partitions,
     nodes, cores, memory, time limits and account that Slurm names.
@@ -189,7 +190,7 @@ def plan(
     stops the run, if the recipe sets evaluation.stop_at_gates, else by `atom build`.
 
     A further table compares the tokens of each source with those that the phases ask for. Supply is what `atom pin` has
-    probed, or what the data recipe states, or unknown.
+    probed, or what the data recipe states, or computed for documents that are drawn, or unknown.
 
     Exit code 2 says that a source would be read more often than the recipe takes, or that the Hub would not take a file
     or a folder of the release.

@@ -43,8 +43,8 @@ HEAD = """\
 """
 MINIATURE_HEAD = """\
 # {name}: the miniature of {source}, by `atom init {name} --from {source} --miniature`. It has the sections, stages,
-# gates and options of {source}, small enough for one machine: docs/operators.md, "Miniatures", has the rule, and what
-# such a run shows.
+# gates and options of {source}, with small sizes. docs/operators.md, "Miniatures", has the rule, what such a run can
+# show, and how far one has been run.
 #
 #     atom pin {file}              sizes and digests of the sources, from the Hub that HF_ENDPOINT names
 #     atom run {file}
@@ -94,7 +94,7 @@ def write_miniature(name: str, source: str, folder: Path) -> Path:
     head = MINIATURE_HEAD.format(name=name, source=origin.stem, file=path.name)
     notes = "".join(f"# switched for CPU: {line}\n" for line in switched)
     # In one form, without aliases, so that each setting stands where it counts.
-    about = f"The miniature of {origin.stem}: it shows that all stages run, and nothing of what the model learns."
+    about = f"The miniature of {origin.stem}: made to see whether its stages run, and not for what the model learns."
     bodies = {
         corpus_path: corpus | {"name": f"{name}-data"},
         path: small | {"name": name, "description": about, "data": corpus_path.name},

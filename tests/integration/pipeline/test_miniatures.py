@@ -67,6 +67,12 @@ def test_a_miniature_is_its_recipe_but_for_sizes(name: str, tmp_path: Path) -> N
         assert dealt[0] == dealt[1], "layers are dealt unevenly in both or in none"
 
 
+@pytest.mark.parametrize("name", ["atom-tiny-long", "atom-smoke-glm", "atom-smoke-mla"])
+def test_other_recipes_have_miniatures_without_mistakes(name: str, tmp_path: Path) -> None:
+    path = recipe_check.write_miniature("mini", name, tmp_path)
+    assert not recipe_check.check(str(path), Store(tmp_path / "home"), "local").problems
+
+
 def phases(graph: dag.Graph) -> list[tuple[str, Layout]]:
     """(node, layout) of each phase that trains."""
     named = ((node.name, getattr(node.config, "phase", None)) for node in graph.nodes.values())
