@@ -10,8 +10,7 @@ from pipeline.core.bounds import Range, Text
 from pipeline.core.stage import Config, Estimate, Published
 
 # Core seconds a MB of curation steps with atom's words, beside the law of `filter` (`bench/filters.py --steps`): of
-# prose or code, and of settings that packaged data recipes have, those that take longer. Of `python_syntax`,
-# `code_shape`, `PIIFormatter`, `RegexFilter` and `URLFilter` on a busy machine, so perhaps too high.
+# prose or code, and of settings that packaged data recipes have, those that take longer.
 STEP_SECONDS = {
     "language": 0.18,
     "top_n_grams": 0.09,
@@ -19,13 +18,13 @@ STEP_SECONDS = {
     "GopherQualityFilter": 0.06,
     "FineWebQualityFilter": 0.035,
     "C4QualityFilter": 0.09,
-    "PIIFormatter": 0.07,
-    "RegexFilter": 0.03,
+    "PIIFormatter": 0.05,
+    "RegexFilter": 0.02,
     "URLFilter": 0.011,
     "classifier": 0.05,
-    "code_shape": 0.13,
+    "code_shape": 0.09,
     "personal_numbers": 0.1,
-    "python_syntax": 0.35,
+    "python_syntax": 0.28,
     "repeated_lines": 0.02,
     "scan": 0.14,
 }
