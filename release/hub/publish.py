@@ -104,7 +104,8 @@ def publish(
         raise AtomError(f"{release} is not a release folder; make one with `atom build`")
     progress("verifying the release before anything is sent")
     # A release that is not valid here would be found invalid after the upload.
-    verify(release).require()
+    checked = verify(release)
+    checked.require()
     release_info = schema.read_release(release)
     _require_publishable(release_info, namespace, public, acknowledge)
     certificates = read_certificates(release)
@@ -123,7 +124,7 @@ def publish(
         destination.refuse_changed_version()
     try:
         staged = [destination.upload(progress) for destination in destinations]
-        _verify_published(release, f"{endpoint()}/{namespace}", destinations, staged, progress)
+        _verify_published(release, checked.digest, f"{endpoint()}/{namespace}", destinations, staged, progress)
         journal.write("verified", repositories=[asdict(row) for row in staged])
         published = [destination.promote(row) for destination, row in zip(destinations, staged, strict=True)]
         for destination, row in zip(destinations, published, strict=True):
@@ -164,9 +165,16 @@ def _require_publishable(release_info: ReleaseInfo, namespace: str, public: bool
 
 
 def _verify_published(
-    release: Path, subject: str, destinations: Sequence[Destination], staged: Sequence[Published], progress: Progress
+    release: Path,
+    checked: str,
+    subject: str,
+    destinations: Sequence[Destination],
+    staged: Sequence[Published],
+    progress: Progress,
 ) -> None:
     """Downloads every repository at its new commit, in the layout of the release, and verifies the copy.
+
+    `checked` is the digest of the release, whose content was checked before it was sent.
 
     Raises CheckFailed if the copy differs from the uploaded release, which messages call `subject`.
     """
@@ -181,7 +189,7 @@ def _verify_published(
         progress("verifying what was pulled back")
         # A signed release must be signed by the same key on the Hub.
         key = release / PUBLIC_KEY
-        verdict = verify(copy, trust=Trust(str(key)) if key.exists() else ANYONE)
+        verdict = verify(copy, trust=Trust(str(key)) if key.exists() else ANYONE, checked=checked)
         verdict.subject = subject
         verdict.require()
 
