@@ -61,6 +61,8 @@ Tensors = Iterator[tuple[str, torch.Tensor]]
 Rows = dict[str, dict[str, Any]]
 # The tensors of a rank: their entries, and the file of each.
 Share = tuple[Rows, dict[str, str]]
+# A server, the bytes that its group broadcasts, and what `Group.end` takes.
+Sending = tuple[str, torch.Tensor, Any]
 # Seconds in which a group must form, and each of its broadcasts end.
 GROUP_SECONDS = 120.0
 
@@ -402,10 +404,15 @@ class Broadcast:
         return places.keys() & self.groups.keys()
 
     def _send(self, servers: Sequence[str]) -> set[str]:
-        """Sends this rank's tensors. Returns the servers with which no rank failed."""
+        """Sends this rank's tensors. Returns the servers with which this rank did not fail.
+
+        The next packets are filled and started before those under way are awaited. A rank leaves the group of a server
+        with which it fails at once, so that the others fail there too, and goes on with the other servers.
+        """
         # A rank that sends nothing is in no group.
         groups = {server: self.groups[server] for server in servers if server in self.groups}
         remaining, tensors = set(servers), self.tensors(False)
+        under_way: list[Sending] = []
         for together in packets(self.rows, self.roots):
             local_tensors: dict[int, torch.Tensor] = {}
             for number in sorted(number for packet in together for number in packet.numbers):
@@ -413,50 +420,57 @@ class Broadcast:
                 assert name == self.names[number], "the order of tensors is fixed"
                 if not tensor.is_meta:
                     local_tensors[number] = tensor
-            failed = self._send_packets(together, local_tensors, groups)
-            # All ranks drop a server as soon as one of them fails with it, and go on with the others.
-            for server in set().union(*self.ranks.gather(failed)):
-                self._leave(server)
-                groups.pop(server, None)
-                remaining.discard(server)
-        return remaining
+            started, failed = self._start_packets(together, local_tensors, groups)
+            failed |= self._end_packets(under_way, groups)
+            under_way = [sending for sending in started if sending[0] not in failed]
+            remaining -= self._drop(failed, groups)
+        return remaining - self._drop(self._end_packets(under_way, groups), groups)
 
-    def _send_packets(
+    def _drop(self, failed: set[str], groups: dict[str, Group]) -> set[str]:
+        """Leaves the groups of servers, and returns the servers."""
+        for server in failed:
+            self._leave(server)
+            del groups[server]
+        return failed
+
+    def _start_packets(
         self, together: Sequence[Packet], local_tensors: Mapping[int, torch.Tensor], groups: Mapping[str, Group]
-    ) -> set[str]:
-        """Sends and receives packets. Returns the servers with whose groups this rank failed.
+    ) -> tuple[list[Sending], set[str]]:
+        """Starts to send and receive packets.
 
         Args:
-            together: The packets that are under way at once.
+            together: The packets that are started at once.
             local_tensors: This rank's tensors by their numbers.
             groups: Groups with the servers, by their URLs.
-        """
-        if not groups:
-            return set()
 
-        broadcasts = []
+        Returns:
+            The broadcasts that have begun, and the servers with whose groups this rank failed.
+        """
+        started: list[Sending] = []
+        failed: set[str] = set()
+        if not groups:
+            return started, failed
         for packet in together:
             buffer = torch.empty(packet.size, dtype=torch.uint8, device=self.ranks.device)
             if self.senders[packet.root] == self.ranks.rank:
                 for number, offset in zip(packet.numbers, packet.offsets, strict=True):
                     view(buffer, offset, self.rows[number]).copy_(local_tensors[number])
-            # What another rank sends arrives here once in each group, with the same bytes.
-            broadcasts += [(server, buffer, packet.root) for server in groups]
+            # What another rank sends arrives here once in each group, with the same bytes. All broadcasts are started
+            # before one is awaited, so that a slow server delays no other; in one order on all ranks, as NCCL needs.
+            for server, group in groups.items():
+                try:
+                    started.append((server, buffer, group.start(buffer, packet.root)))
+                except RuntimeError:
+                    failed.add(server)
+        return started, failed
 
-        # All broadcasts are started before one is awaited, so that a slow server delays no other.
-        started = []
-        failed = set()
-        for server, buffer, root in broadcasts:
-            try:
-                started.append((server, groups[server].start(buffer, root)))
-            except RuntimeError:
-                failed.add(server)
-
-        for server, work in started:
-            if server in failed:
-                continue
-            try:
-                groups[server].end(work)
-            except RuntimeError:
-                failed.add(server)
+    def _end_packets(self, under_way: Sequence[Sending], groups: Mapping[str, Group]) -> set[str]:
+        """Waits for broadcasts. Returns the servers with whose groups this rank failed."""
+        failed: set[str] = set()
+        for server, _, work in under_way:
+            if server not in failed:
+                try:
+                    groups[server].end(work)
+                except RuntimeError:
+                    failed.add(server)
         return failed

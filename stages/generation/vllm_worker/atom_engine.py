@@ -21,6 +21,7 @@ from atom_group import (  # type: ignore[import-not-found]
     PATIENCE,
     WORKERS,
     Group,
+    Packet,
     connect,
     other_nccl,
     packets,
@@ -137,12 +138,11 @@ class Engine(WeightTransferEngine):  # type: ignore[misc]
             raise Refused("it is in no group with the trainer")
         part, parts = self.parallel_config.rank, self.parallel_config.world_size
         try:
-            for together in packets(info.rows, info.roots):
-                buffers = [torch.empty(packet.size, dtype=torch.uint8, device=self.device) for packet in together]
-                works = [
-                    self.group.start(buffer, packet.root) for packet, buffer in zip(together, buffers, strict=True)
-                ]
-                for packet, buffer, work in zip(together, buffers, works, strict=True):
+            # The next packets arrive while the model loads the tensors of those before.
+            under_way: list[tuple[Packet, torch.Tensor, Any]] = []
+            for together in (*packets(info.rows, info.roots), ()):
+                arrived, under_way = under_way, [self._receive(packet) for packet in together]
+                for packet, buffer, work in arrived:
                     self.group.end(work)
                     yield [
                         (name, tensor)
@@ -155,6 +155,12 @@ class Engine(WeightTransferEngine):  # type: ignore[misc]
         except BaseException:
             self.shutdown()  # the trainer's ranks then fail at once, and form another group
             raise
+
+    def _receive(self, packet: Packet) -> tuple[Packet, torch.Tensor, Any]:
+        """Starts to receive a packet; returns it with its bytes-to-be, and what the group's `end` takes."""
+        assert self.group is not None, "it is in a group with the trainer"
+        buffer = torch.empty(packet.size, dtype=torch.uint8, device=self.device)
+        return packet, buffer, self.group.start(buffer, packet.root)
 
     def _check(self, info: Weights, number: int, tensor: torch.Tensor, is_mine: bool) -> list[str]:
         """Returns the names of a received tensor in this model, which keeps two copies of tied embeddings."""

@@ -27,8 +27,9 @@ import torch.distributed as dist
 GROUP = "group"
 # The store's entry with the number of the server's workers, which they set; 0 if they refuse or are given up.
 WORKERS = "workers"
-# Bytes of the tensors, of all ranks together, that are under way at once, unless one is larger.
-PACKET_BYTES = 64_000_000
+# Bytes of the tensors, of all ranks together, that are started at once, unless one is larger. The next ones are started
+# before these have ended, so twice as many are in memory.
+PACKET_BYTES = 256_000_000
 # Bytes to which tensors are aligned in a packet, so that each can be viewed as its own type.
 ALIGNMENT = 16
 # PyTorch's variable, at 1 when a group of NCCL is made: the thread that waits finds errors, and no watchdog does.
@@ -250,7 +251,7 @@ def bytes_of(row: Mapping[str, Any]) -> int:
 
 
 def packets(rows: Sequence[Mapping[str, Any]], roots: Sequence[int]) -> Iterator[tuple[Packet, ...]]:
-    """Yields all tensors in order, as the packets that are under way at once.
+    """Yields all tensors in order, as the packets that are started at once.
 
     Args:
         rows: Entry of each tensor in the index.
