@@ -1,6 +1,7 @@
 """The chunks of a source: an index from their numbers to places in documents, and the streams in which they are read.
 
-A document longer than a row is cut into chunks, numbered through a source in the order of its parts and documents. The
+A document longer than a row is cut into chunks, numbered through a source in the order of its parts and documents. One
+with a prompt, a turn of a conversation, has its first chunk alone, since later targets would lose their question. The
 index is made from the table of documents alone, one file for each part of a source. Its batches of documents are mapped
 one at a time, so that memory grows neither with the documents nor with the chunks.
 
@@ -75,6 +76,8 @@ class Cut:
         row = self.sequence_length
         # A document of t tokens has t - 1 targets: ceil((t - 1) / row) chunks.
         end = np.maximum(tokens - 2 + row, 0) // row
+        # What is beyond the first row has lost its prompt. A prompt that fills the row leaves no chunk with loss.
+        end = np.where(loss_from > 0, np.minimum(end, 1), end)
         first = np.minimum(np.where(loss_from < tokens, np.maximum(loss_from - 1, 0) // row, end), end)
         if self.over is None or row <= self.over:
             return first, first, end
@@ -100,17 +103,18 @@ class Cut:
 def seal_index(work: Path, file: Path, source: str, part: int, cut: Cut) -> Part:
     """Seals the index of one part of a source, made from its table of documents.
 
-    Its facts are `batches`, for each batch the number of its documents and of the chunks of each pool, and the `slots`
-    of each pool.
+    Its facts are `batches`, for each batch the number of its documents and of the chunks of each pool, the `slots` of
+    each pool, and the number of `cut` documents, whose prompt and answer are longer than a row.
     """
     fields: list[tuple[str, Any]] = [(f"start_{pool}", pa.uint32()) for pool in cut.pools]
     schema = pa.schema([*fields, ("tokens", pa.int32()), ("loss_from", pa.int32()), ("id", pa.large_string())])
 
     def make(folder: Path) -> dict[str, Any]:
-        batches, slots = list[list[int]](), dict.fromkeys(cut.pools, 0)
+        batches, slots, too_long = list[list[int]](), dict.fromkeys(cut.pools, 0), 0
         with pa.OSFile(str(folder / FILE), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
             for batch in _documents(file, source):
                 tokens, loss_from = (batch[name].to_numpy().astype(np.int64) for name in ("tokens", "loss_from"))
+                too_long += int(((loss_from > 0) & (tokens - 1 > cut.sequence_length)).sum())
                 counts = [cut.spans(pool, tokens, loss_from)[1] for pool in cut.pools]
                 batches.append([len(batch), *(int(count.sum()) for count in counts)])
                 for pool in cut.pools:
@@ -121,7 +125,7 @@ def seal_index(work: Path, file: Path, source: str, part: int, cut: Cut) -> Part
                 writer.write_batch(
                     pa.record_batch([pa.array(a).cast(f.type) for a, f in zip(arrays, schema, strict=True)], schema)
                 )
-        return {"batches": batches, "slots": slots}
+        return {"batches": batches, "slots": slots, "cut": too_long}
 
     return seal_part(work / "index" / source, f"{part:05d}", make)
 
@@ -165,6 +169,8 @@ class ChunkIndex:
         self.starts = {pool: _sums(column) for pool, column in zip(cut.pools, columns[3:], strict=True)}
         # Targets of all chunks, by pool.
         self.slots = {pool: sum(part.facts["slots"][pool] for _, part in parts) for pool in cut.pools}
+        # Documents of which all beyond the first row is left out.
+        self.cut_documents: int = sum(part.facts["cut"] for _, part in parts)
 
     @property
     def chunks(self) -> int:

@@ -27,7 +27,7 @@ from stages.formats.seeds import seed_label
 from stages.formats.table import ORDER, arrow_schema
 
 # Changes with the rows that equal settings give.
-FUNCTION_VERSION = 2
+FUNCTION_VERSION = 3
 
 
 def read_indexes(config: OrderConfig, tokens: Path, work: Path, turn: float = 0.0) -> dict[str, ChunkIndex]:

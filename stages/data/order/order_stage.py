@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from stages.data.order.chunks import ChunkIndex
     from stages.data.order.computed_order import ComputedOrder
 
-VERSION = 2
+VERSION = 3
 
 
 def settings(config: OrderConfig) -> dict[str, Any]:
@@ -44,7 +44,8 @@ def run(config: OrderConfig, inputs: Inputs, work: Path, out: Path, report: Repo
     """Seals `part-NNNNN.parquet`, one row for every segment of every step from `first_step` on, and `meta.json`.
 
     Of `inputs["tokens"]` only the tables of documents are read. A document longer than a row is cut into chunks
-    of sequence_length + 1 tokens that overlap by one, so that each token but a document's first is a target once.
+    of sequence_length + 1 tokens that overlap by one, so that each token but a document's first is a target once. Of a
+    turn of a conversation, only the first chunk is read.
     Every source is read in a seeded permutation of its chunks, a new one each epoch.
     `inputs["continue"]`, if present, is a checkpoint, at whose data position the cursors continue.
     Raises RecipeError for an unknown or empty source, or shares that do not sum to 1; AtomError for a checkpoint of
@@ -71,6 +72,11 @@ def run(config: OrderConfig, inputs: Inputs, work: Path, out: Path, report: Repo
     write_json(out / "meta.json", meta)
     for name, facts in meta["sources"].items():
         report.note(f"{name}: {facts['rows']} rows, {facts['documents_seen']} documents, {facts['epochs']:.2f} epochs")
+        if count := order.indexes[name].cut_documents:
+            report.note(
+                f"{name}: {count} conversations are longer than a row; what is beyond it has lost its question, and is "
+                "left out"
+            )
         long = facts.get("long", {})
         if long.get("missing_tokens"):
             report.note(
