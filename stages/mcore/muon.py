@@ -23,10 +23,10 @@ from torch import Tensor
 
 from stages.mcore.megatron_imports import parallel_state
 from stages.mcore.tensor_sharding import EXPERTS, Box, boxes, cut, paste
+from stages.models.base import NEWTON_SCHULZ
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """a, b and c of a x + b x^3 + c x^5, which moves each singular value x towards 1 (Jordan, 2024)."""
-ITERATIONS = 5
 UPDATE_RMS = 0.2
 """Root mean square of an update at learning rate 1: about AdamW's, so that both can have the same rate."""
 MOMENTUM = "momentum"
@@ -197,7 +197,7 @@ def orthogonalize(matrix: Tensor) -> Tensor:
     x = matrix.T if is_tall else matrix
     # The norm is at least the largest singular value, which must be at most 1.
     x = x / x.norm().clamp(min=1e-7)
-    for _ in range(ITERATIONS):
+    for _ in range(NEWTON_SCHULZ):
         square = x @ x.T
         x = torch.addmm(x, torch.addmm(square, square, square, beta=b, alpha=c), x, beta=a)
     return x.T if is_tall else x

@@ -16,6 +16,7 @@ from pydantic import Discriminator, Tag, model_validator
 from pipeline.core.bounds import Flag, Range, Steps
 from pipeline.core.extensions import extend
 from pipeline.core.stage import Config, added
+from stages.models.base import NEWTON_SCHULZ
 from stages.models.param_names import BUFFERS, EMBEDDING
 
 if TYPE_CHECKING:
@@ -38,9 +39,11 @@ class Rule:
     Attributes:
         states: Names of the tensors that it keeps for each of them, fp32 and of the same shape, as checkpoints name
             them. Data ranks share them by slices.
+        iterations: Products of Newton and Schulz that orthogonalize the update of a matrix; 0 if nothing does.
     """
 
     states: tuple[str, ...]
+    iterations: int = 0
 
     @property
     def bytes(self) -> int:
@@ -224,7 +227,7 @@ class Muon(OptimizerSettings):
     momentum: Annotated[float, Range(0, 1, "usual: 0.95", below=True)] = 0.95
     """decay rate of the running mean of gradients of matrices"""
 
-    matrices = Rule(("momentum",))
+    matrices = Rule(("momentum",), NEWTON_SCHULZ)
 
     def build(
         self,

@@ -23,7 +23,8 @@ What is computed again costs a third of its part of these, its forward pass once
 activations do not count.
 
 A step adds the pipeline's bubble of (pp - 1) / vpp micro-batches (Narayanan et al., 2021), the reduction of gradients
-and the gathering of weights as far as the last micro-batch does not hide them, and the optimizer. Routing is even.
+and the gathering of weights as far as the last micro-batch does not hide them, and the optimizer. Muon orthogonalizes
+the matrices of which a rank owns a part; putting one together that is divided counts as hidden. Routing is even.
 Context-parallel and pipeline traffic are taken as hidden, and packed rows as slow as full ones.
 
 `bench/throughput.py` fits CONSTANTS to published runs, and measures the errors on runs that were left out.
@@ -39,8 +40,8 @@ from typing import Literal
 
 from pipeline.core.stage import RECOMPUTED, Accelerator, family
 from stages.mcore.memory import GRADIENT, MASTER, NVFP4, sharing
-from stages.mcore.optimizer import STATE_BYTES
-from stages.models.base import MATRICES_AGAIN, AttentionCost, ModelConfig, Rows
+from stages.mcore.optimizer import STATE_BYTES, is_matrix
+from stages.models.base import EXPERT, MATRICES_AGAIN, AttentionCost, ModelConfig, Rows
 from stages.models.parallel_layout import Layout, Module
 
 FLOPS = 6
@@ -122,10 +123,27 @@ class Again:
 
 
 @dataclass(frozen=True)
+class Matrices:
+    """Weight matrices that share ranks. flops: of one iteration of Newton and Schulz on all, and on the largest."""
+
+    count: int = 0
+    flops: float = 0.0
+    largest: float = 0.0
+
+    def and_of(self, shape: tuple[int, ...], count: int) -> Matrices:
+        """Returns these and `count` more of a shape of two dimensions."""
+        short, long = sorted(shape)
+        # As stages/mcore/muon.py computes it. Queries, keys and values count as one matrix.
+        flops = 4.0 * short**2 * long + 2.0 * short**3
+        return Matrices(self.count + count, self.flops + count * flops, max(self.largest, flops))
+
+
+@dataclass(frozen=True)
 class Shape:
     """The sizes of a model on which its time depends.
 
     heads: output heads (several with multi-token prediction). again: the cost of recomputation, by module.
+    dense_matrices, expert_matrices: those of all layers that Muon updates.
     """
 
     hidden: int
@@ -136,6 +154,8 @@ class Shape:
     top_k: int = 1
     heads: int = 1
     again: Mapping[Module, Again] = field(default_factory=dict)
+    dense_matrices: Matrices = Matrices()
+    expert_matrices: Matrices = Matrices()
 
     @cached_property
     def depth(self) -> int:
@@ -166,14 +186,22 @@ def shape_of(model: ModelConfig, padded_vocab_size: int) -> Shape:
     """SwiGLU counts as one kernel, as it is on GPUs."""
     one, rows, groups = Layout(), Rows(1, model.context_length), []
     experts, top_k = (model.routing.experts, model.routing.top_k) if model.routing else (1, 1)
+    dense, sparse = Matrices(), Matrices()
     for layer in range(model.layers):
+        for name, size in model.layer_shapes(layer).items():
+            if is_matrix(f"decoder.layers.{layer}.{name}", size):
+                if EXPERT in name:
+                    sparse = sparse.and_of(size, experts)
+                else:
+                    dense = dense.and_of(size, 1)
         parameters = model.layer_memory(one, layer)
         saved = sum(model.layer_activations(one, "bf16", rows, layer, fused=True).values())
         # Tokens in bf16 that are sorted for their experts, received, returned and sorted back.
         working = 4 * 2 * model.hidden_size * top_k if parameters.experts else 0
         groups.append(LayerShape(1, parameters.dense, parameters.experts, saved, working))
     again = {module: _again(model, module) for module in MATRICES_AGAIN}
-    return Shape(model.hidden_size, padded_vocab_size, tuple(groups), model.attention(), experts, top_k, again=again)
+    sizes = model.hidden_size, padded_vocab_size, tuple(groups), model.attention(), experts, top_k
+    return Shape(*sizes, again=again, dense_matrices=dense, expert_matrices=sparse)
 
 
 def _again(model: ModelConfig, module: Module) -> Again:
@@ -195,6 +223,7 @@ class StepSetup:
         micro_batches: Micro-batches of a step on one rank.
         gradient: Bytes of a gradient.
         states: Bytes of the optimizer's states of a parameter.
+        orthogonalized: Iterations of Newton and Schulz in which the optimizer orthogonalizes a matrix.
         bf16_layers: Layers whose products are bf16 in any precision.
         graphs: The launches that the GPU replays: of all kernels, of MLPs, or of what is not the experts'. Not in this
             project's engine.
@@ -209,6 +238,7 @@ class StepSetup:
     micro_batches: int
     gradient: int = GRADIENT
     states: float = 2 * STATE_BYTES
+    orthogonalized: int = 0
     bf16_layers: int = 0
     graphs: Literal["none", "mlp", "partial", "full"] = "none"
     hides_experts: bool = False
@@ -361,7 +391,14 @@ def _update(shape: Shape, gpu: Accelerator, run: StepSetup, c: Constants) -> tup
     # fp32 weights and moments are read and written, a gradient read, a weight written; all gradients are measured
     # for the norm, and zeroed
     owned = (2 * (MASTER + run.states) + run.gradient + 2) * (dense / dense_ranks + experts / expert_ranks)
-    return reduction / c.link, (owned + 2 * run.gradient * (dense + experts)) / gpu.memory
+    optimizer = (owned + 2 * run.gradient * (dense + experts)) / gpu.memory
+    for matrices, ranks in ((shape.dense_matrices, dense_ranks), (shape.expert_matrices, expert_ranks * layout.ep)):
+        # Tensor ranks each orthogonalize the whole matrix, and no rank that owns a part of one less than it.
+        ranks *= layout.pp
+        flops = max(matrices.flops / ranks, matrices.largest)
+        kernels = 3 * max(matrices.count / ranks, min(1, matrices.count))
+        optimizer += run.orthogonalized * (flops / (gpu.peaks["bf16"] * c.bf16) + c.launch * kernels)
+    return reduction / c.link, optimizer
 
 
 def collective(gpu: Accelerator, size: float, ranks: int, stride: int) -> float:

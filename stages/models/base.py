@@ -28,6 +28,8 @@ Layers = Annotated[int, Range(1, 1024, "Llama 3 405B: 126")]
 Width = Annotated[int, Range(1, 2**17, "Llama 3 405B: 16384, inside its feed-forward layers 53248")]
 RopeBase = Annotated[float, Range(1, 1e12, "Llama 3: 5e5, Qwen2.5-1M: 1e7", above=True)]
 LossWeight = Annotated[float, Range(0, 100, "DeepSeek-V3: 1e-4, OLMoE: 0.01")]
+NEWTON_SCHULZ = 5
+"""Iterations in which Muon orthogonalizes the update of a matrix."""
 Precision = Literal["fp32", "bf16", "fp8-tensorwise", "fp8-blockwise", "mxfp8", "nvfp4"]
 """The precision of matrix products. Weights of the optimizer, reductions, router, norms and losses are fp32 in all."""
 BF16_SHARE = 0.15

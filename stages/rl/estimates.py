@@ -147,14 +147,15 @@ def update_time(config: AnyConfig, gpu: Accelerator) -> TrainingTime:
         phase.micro_batches // layout.data,
         layers_in_bf16(phase.precision, config.model.layers),
     )
-    states = phase.optimizer.matrices.bytes
+    rule = phase.optimizer.matrices
     run = StepSetup(
         layout,
         phase.precision,
         Rows(1, length),
         micro_batches,
         phase.gradient_bytes,
-        states,
+        rule.bytes,
+        rule.iterations,
         bf16_layers=bf16_layers,
     )
     seconds = phase.all_updates * step_time(shape_of(config.model, config.padded_vocab_size), gpu, run).total

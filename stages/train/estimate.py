@@ -94,9 +94,16 @@ def training_seconds(config: TrainConfig, gpu: Accelerator, shape: Shape) -> flo
         # A continued phase begins beyond the steps of some batch sizes.
         if last >= first:
             bf16_layers = layers_in_bf16(phase.precision, config.model.layers)
-            states = phase.optimizer.matrices.bytes
+            rule = phase.optimizer.matrices
             run = StepSetup(
-                layout, phase.precision, rows, micro_batches, phase.gradient_bytes, states, bf16_layers=bf16_layers
+                layout,
+                phase.precision,
+                rows,
+                micro_batches,
+                phase.gradient_bytes,
+                rule.bytes,
+                rule.iterations,
+                bf16_layers=bf16_layers,
             )
             seconds += (last - first + 1) * step_time(shape, gpu, run).total
             first = last + 1

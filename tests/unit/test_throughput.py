@@ -9,6 +9,7 @@ import pytest
 
 from pipeline.core.stage import RECOMPUTED, Accelerator
 from stages.mcore.throughput import (
+    CONSTANTS,
     Again,
     Constants,
     LayerShape,
@@ -188,6 +189,29 @@ LAYOUTS = [
     Layout(ranks=64, tp=16, cp=2, ep=4, etp=2, recompute="layer"),
     Layout(ranks=32, pp=4, vpp=3, ep=8, dispatcher="flex", overlap_gradients=False),
 ]
+
+
+def test_muon_orthogonalizes_what_a_rank_owns() -> None:
+    """A layer has queries, keys and values of 2,048 by 5,120 in one matrix, an output of 4,096 by 2,048, and experts."""
+
+    def seconds(**layout: Any) -> float:
+        setup = StepSetup(Layout(**layout), "bf16", Rows(1, 4096), 8)
+        adam, muon = (step_time(QWEN3_30B, H100, replace(setup, orthogonalized=each)) for each in (0, 5))
+        assert muon.total - adam.total == pytest.approx(muon.optimizer - adam.optimizer)
+        return muon.optimizer - adam.optimizer
+
+    def flops(short: int, long: int) -> float:
+        return 4 * short**2 * long + 2 * short**3
+
+    qkv, output = flops(2048, 5120), flops(2048, 4096)
+    of_expert = flops(1536, 2048) + flops(768, 2048)
+    rate, launch = 989e12 * CONSTANTS.bf16, 3 * CONSTANTS.launch
+    alone = 48 * ((qkv + output + 128 * of_expert) / rate + (2 + 128 * 2) * launch)
+    assert seconds() == pytest.approx(5 * alone, rel=1e-6)
+    # Every rank has its share of the experts. The other matrices are fewer than the ranks, so a rank has at least one.
+    many = seconds(ranks=512, ep=8)
+    experts = 48 * 128 * (of_expert / rate + 2 * launch) / 512
+    assert many == pytest.approx(5 * (experts + qkv / rate + launch), rel=1e-6)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
