@@ -12,6 +12,7 @@ smaller copies of matrix inputs count as bf16. Left out: communication buffers a
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -45,7 +46,9 @@ def memory_share(model: ModelConfig, padded_vocab_size: int, layout: Layout, pip
     table, unless it is also the first. (Biases of experts do not count: a few kilobytes.)
     """
     chunks = layers_of(model, layout, pipeline_rank)
-    total = sum((model.layer_memory(layout, layer) for chunk in chunks for layer in chunk), MemoryShare(0, 0))
+    total = MemoryShare(0, 0)
+    for layer, count in Counter(model.alike(layer) for chunk in chunks for layer in chunk).items():
+        total = sum([model.layer_memory(layout, layer)] * count, total)
     is_first, is_last = pipeline_rank == 0, pipeline_rank == layout.pp - 1
     # A tied table on two stages is a copy each.
     tables = [is_first, is_last and not (is_first and model.tie_embeddings)].count(True)
@@ -205,7 +208,7 @@ class Activations:
             # Backward from the last layer: what later layers keep is not there yet, or no longer.
             later = 0.0
             for layer in reversed(chunk):
-                layer_kept, layer_working = self._layer(layer)
+                layer_kept, layer_working = self._layers[self.model.alike(layer)]
                 working = max(working, self.tokens * (layer_working - later))
                 later += layer_kept
 
@@ -253,7 +256,7 @@ class Activations:
         kept, rows, layout = 0.0, self.rows, self.layout
         for chunk in self.chunks:
             for layer in chunk:
-                kept += self._layer(layer)[0]
+                kept += self._layers[self.model.alike(layer)][0]
         if layout.vpp > 1 or not self.is_last:
             kept += layout.vpp * self.size * self.model.hidden_size
         # Cosines and sines, and masks: of all layers, and if rows are one document each, of all these rows.
@@ -315,6 +318,11 @@ class Activations:
             return 0, kept + max(working, head)
         gathered = inputs if layout.tp > 1 else 0
         return kept, kept + max(gathered + working, head + inputs)
+
+    @cached_property
+    def _layers(self) -> dict[int, tuple[float, float]]:
+        """`_layer` of the layers of this rank, by the first one that is alike."""
+        return {layer: self._layer(layer) for layer in {self.model.alike(each) for row in self.chunks for each in row}}
 
     def _layer(self, layer: int) -> tuple[float, float]:
         """Returns the bytes of a layer for each token: (kept for the backward pass, at work in it)."""

@@ -31,7 +31,7 @@ def composed(name: str) -> dag.Graph:
     return dag.compose(recipes.load(name), Store(Path("none")), without_data=True)
 
 
-@pytest.mark.parametrize("phase", ["pretrain", "midtrain", "sft"])
+@pytest.mark.parametrize("phase", ["pretrain", "midtrain", "longcontext-1", "longcontext-2", "sft"])
 @pytest.mark.parametrize("name", ["atom-1b-a300m", "atom-30b-a3b", "atom-235b-a22b"])
 def test_cluster_recipes_are_near_the_fastest_layout_that_fits(name: str, phase: str) -> None:
     """A recipe may give up a tenth of the speed for a simpler layout, and needs nothing that the image lacks."""
