@@ -115,6 +115,17 @@ def test_a_forger_who_writes_new_checksums_is_caught_by_the_ledger(copy: Path) -
     assert "dataset/kept/extra.parquet has no origin" in problems
 
 
+def test_only_bytes_of_the_named_digest_need_no_second_look(copy: Path) -> None:
+    """As after an upload: what was pulled back is compared byte by byte, and its content only if it is another one."""
+    digest = audit.verify(copy).digest
+    again = audit.verify(copy, checked=digest)
+    assert again.ok and again.checks[-1].name == "content" and again.checks[-1].ok is None
+    flip(copy / "checkpoints/pretrain-step-2/state.json")
+    assert not audit.verify(copy, checked=digest).ok, "the bytes are always checked"
+    resum(copy)
+    assert not audit.verify(copy, checked=digest).ok, "new checksums are another digest"
+
+
 def test_a_forged_manifest_is_caught_by_the_statements(copy: Path) -> None:
     path = copy / "evidence/manifests/pretrain.json"
     manifest = json.loads(path.read_text())
