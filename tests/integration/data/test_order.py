@@ -66,6 +66,19 @@ def test_chunks_make_every_token_a_target_once(length: int, loss_from: int, sequ
     assert targets == list(range(max(1, loss_from), seen))
 
 
+def test_what_has_lost_its_question_is_left_out_and_counted(tmp_path: Path, run_stage: Any) -> None:
+    artifact = tokens(tmp_path / "t", [6, 9, 10, 40])
+    out, reporter = tmp_path / "out", Reporter()
+    out.mkdir()
+    order_stage.run(OrderConfig.model_validate(config()), {"tokens": artifact}, tmp_path / "work", out, reporter)
+    rows = [row for row in pq.read_table(out / "part-00000.parquet").to_pylist() if row["source"] == "b"]
+    assert {(row["id"], row["offset"], row["length"]) for row in rows} == {
+        ("b/0", 0, 6), ("b/1", 0, 9), ("b/2", 0, 9), ("b/3", 0, 9)
+    }  # fmt: skip
+    (note,) = (text for text in reporter.notes if "question" in text)
+    assert note.startswith("b: 2 conversations are longer than a row")
+
+
 def test_the_same_seed_gives_the_same_bytes_and_another_does_not(tmp_path: Path, run_stage: Any) -> None:
     inputs = {"tokens": tokens(tmp_path / "t")}
     digest = run_stage(order_stage.STAGE, config(), inputs).digest
