@@ -185,14 +185,16 @@ def opt_outs(data: DataFacts) -> list[str]:
 
 def examples(data: DataFacts) -> list[str]:
     """Returns the beginning of the first document of each source that has one with a text."""
-    items = [
+    items = []
+    for source, example in data.first_documents.items():
+        prompt, text = (_code(each)[:EXAMPLE_CHARACTERS] for each in (example.prompt, example.text))
         # The form of this line finds the example of a retracted document (`is_example_of`).
-        f"- `{_code(id)}` of {source}: `{_code(text)[:EXAMPLE_CHARACTERS]}`"
-        for source, (id, text) in data.first_documents.items()
-    ]
+        line = f"- `{_code(example.id)}` of {source}: "
+        items.append(line + (f"no loss on `{prompt}`, loss on `{text}`" if prompt else f"`{text}`"))
     rule = (
         "The first training document of each source, in the order of its table and cut off at "
-        f"{count(EXAMPLE_CHARACTERS)} characters, with line breaks as spaces. Nobody chose them:"
+        f"{count(EXAMPLE_CHARACTERS)} characters, with line breaks as spaces; of one with a prompt, what the model "
+        "reads and what it learns. Nobody chose them:"
     )
     return [rule, "", *items] if items else []
 

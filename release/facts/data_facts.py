@@ -23,7 +23,22 @@ from stages.formats.table import order_files, row_count
 BATCH = 65536
 """Rows without text that are read together."""
 EXAMPLES, EXAMPLE_ROWS, EXAMPLE_CHARACTERS = 8, 64, 1_000
-"""Sources with an example document, the rows of a table in which it is looked for, and its characters."""
+"""Sources with an example document, as many of prompts, rows of a table in which it is looked for, characters."""
+
+
+@dataclass
+class Example:
+    """The beginning of a training document.
+
+    Attributes:
+        id: Id of the document.
+        text: The text with loss, all of it but the prompt.
+        prompt: The text before, without loss, as of a conversation; "" for other documents.
+    """
+
+    id: str
+    text: str
+    prompt: str
 
 
 @dataclass
@@ -122,7 +137,7 @@ class DataFacts:
         messages: {source: splits} of the tables of conversations.
         published_reasons: {source that a model wrote from one by reference: why its texts are published}
         curation: The notice, the steps of each source and what classifiers measured; empty if none is stated.
-        first_documents: {source: (id, beginning of the text)} of the first training document of some sources.
+        first_documents: {source: first training document} of some sources.
     """
 
     sources: dict[str, SourceFacts] = field(default_factory=dict)
@@ -135,7 +150,7 @@ class DataFacts:
     messages: dict[str, list[str]] = field(default_factory=dict)
     published_reasons: dict[str, str] = field(default_factory=dict)
     curation: dict[str, Any] = field(default_factory=dict)
-    first_documents: dict[str, tuple[str, str]] = field(default_factory=dict)
+    first_documents: dict[str, Example] = field(default_factory=dict)
 
     def sources_read(self, phase: str) -> set[str]:
         """Returns the sources of a phase's order; none for a phase without an order."""
@@ -169,16 +184,19 @@ def read_data_facts(dataset: Path) -> DataFacts:
     )
 
 
-def _first_documents(dataset: Path) -> Iterator[tuple[str, tuple[str, str]]]:
-    """Yields an example document of each of the first sources: (source, (id, beginning of the text)).
+def _first_documents(dataset: Path) -> Iterator[tuple[str, Example]]:
+    """Yields an example document of each of the first sources of texts, and of those with prompts.
 
     It is the first training document near the start of the source's table; a source without one is left out.
     """
-    for source, files in list(layout.kept_files(dataset).items())[:EXAMPLES]:
-        rows = islice(stream_rows(files, ["id", "text", "split"], EXAMPLE_ROWS), EXAMPLE_ROWS)
+    left = {False: EXAMPLES, True: EXAMPLES}
+    for source, files in layout.kept_files(dataset).items():
+        rows = islice(stream_rows(files, ["id", "text", "split", "prompt_chars"], EXAMPLE_ROWS), EXAMPLE_ROWS)
         first = next((row for row in rows if row["split"] == "train" and row["text"]), None)
-        if first is not None:
-            yield source, (first["id"], first["text"][:EXAMPLE_CHARACTERS])
+        if first is not None and left[(length := first["prompt_chars"]) > 0]:
+            left[length > 0] -= 1
+            prompt, text = first["text"][:length], first["text"][length:]
+            yield source, Example(first["id"], text[:EXAMPLE_CHARACTERS], prompt[:EXAMPLE_CHARACTERS])
 
 
 def _read_sources(dataset: Path) -> dict[str, SourceFacts]:

@@ -52,11 +52,12 @@ class Document:
 
 def read_documents(release: Path, data: DataFacts) -> list[Document]:
     """Returns the first training document of each of the first sources."""
-    ids = [id for id, _ in data.first_documents.values()]
+    examples = data.first_documents
+    ids = [example.id for example in examples.values()]
     traced = find_documents(ReleaseData.locate(release), ids) if ids else {}
     return [
         Document(id, source, text, tracing.text(traced[id])[:TRACE_CHARACTERS] if id in traced else "")
-        for source, (id, text) in data.first_documents.items()
+        for source, id, text in ((source, each.id, each.prompt + each.text) for source, each in examples.items())
     ]
 
 

@@ -66,7 +66,7 @@ def test_chunks_make_every_token_a_target_once(length: int, loss_from: int, sequ
     assert targets == list(range(max(1, loss_from), seen))
 
 
-def test_what_has_lost_its_question_is_left_out_and_counted(tmp_path: Path, run_stage: Any) -> None:
+def test_what_has_lost_its_prompt_is_left_out_and_counted(tmp_path: Path, run_stage: Any) -> None:
     artifact = tokens(tmp_path / "t", [6, 9, 10, 40])
     out, reporter = tmp_path / "out", Reporter()
     out.mkdir()
@@ -75,8 +75,8 @@ def test_what_has_lost_its_question_is_left_out_and_counted(tmp_path: Path, run_
     assert {(row["id"], row["offset"], row["length"]) for row in rows} == {
         ("b/0", 0, 6), ("b/1", 0, 9), ("b/2", 0, 9), ("b/3", 0, 9)
     }  # fmt: skip
-    (note,) = (text for text in reporter.notes if "question" in text)
-    assert note.startswith("b: 2 conversations are longer than a row")
+    (note,) = (text for text in reporter.notes if "prompt" in text)
+    assert note.startswith("b: 2 documents with a prompt are longer than a row")
 
 
 def test_the_same_seed_gives_the_same_bytes_and_another_does_not(tmp_path: Path, run_stage: Any) -> None:
