@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import itertools
 import os
+import pickle
 import resource
 import shutil
 import signal
@@ -14,7 +15,7 @@ from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import hypothesis
 import pytest
@@ -272,14 +273,22 @@ def working_sandbox() -> None:
 
 @pytest.fixture(scope="session")
 def source(tmp_path_factory: pytest.TempPathFactory) -> builder.BuildInput:
-    """What the small release of release_fixtures is built from. Treat it as read-only."""
-    return release_fixtures.build_input(tmp_path_factory.mktemp("run"))
+    """What the small release of release_fixtures is built from, which the workers share. Treat it as read-only."""
+    folder = shared(tmp_path_factory, "small-run")
+    with filled_once(folder) as empty:
+        if empty:
+            (folder / "input").write_bytes(pickle.dumps(release_fixtures.build_input(folder / "run")))
+    return cast(builder.BuildInput, pickle.loads((folder / "input").read_bytes()))
 
 
 @pytest.fixture(scope="session")
 def built(source: builder.BuildInput, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The small release. Treat it as read-only; `copy` may be altered."""
-    return builder.build(source, tmp_path_factory.mktemp("home"))
+    """The small release, which the workers share. Treat it as read-only; `copy` may be altered."""
+    folder = shared(tmp_path_factory, "small-release")
+    with filled_once(folder) as empty:
+        if empty:
+            builder.build(source, folder)
+    return folder / "releases" / f"{source.name}-{source.version}"
 
 
 @pytest.fixture

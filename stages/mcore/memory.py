@@ -12,10 +12,10 @@ smaller copies of matrix inputs count as bf16. Left out: communication buffers a
 
 from __future__ import annotations
 
-from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, chain
 
 from stages.mcore.lora import Lora
 from stages.mcore.optimizer import OptimizerSettings
@@ -39,16 +39,21 @@ def layers_of(model: ModelConfig, layout: Layout, pipeline_rank: int) -> list[li
     return [list(range(ends[chunk], ends[chunk + 1])) for chunk in range(pipeline_rank, len(ends) - 1, layout.pp)]
 
 
+def equal_layers(model: ModelConfig, layers: Iterable[int]) -> dict[int, int]:
+    """Returns the first of these layers with the same tensors, for each of them: what one needs, all of them need."""
+    first: dict[object, int] = {}
+    return {layer: first.setdefault(tuple(model.mlp_shapes(layer).items()), layer) for layer in layers}
+
+
 def memory_share(model: ModelConfig, padded_vocab_size: int, layout: Layout, pipeline_rank: int) -> MemoryShare:
     """The parameters of each rank at that position of the pipeline: tensor, expert and data ranks hold equally many.
 
     The first has the input table, the last the final norm and the output head; with tied embeddings a copy of the
     table, unless it is also the first. (Biases of experts do not count: a few kilobytes.)
     """
-    chunks = layers_of(model, layout, pipeline_rank)
-    total = MemoryShare(0, 0)
-    for layer, count in Counter(model.alike(layer) for chunk in chunks for layer in chunk).items():
-        total = sum([model.layer_memory(layout, layer)] * count, total)
+    equal = equal_layers(model, chain(*layers_of(model, layout, pipeline_rank)))
+    shares = {layer: model.layer_memory(layout, layer) for layer in {*equal.values()}}
+    total = sum((shares[layer] for layer in equal.values()), MemoryShare(0, 0))
     is_first, is_last = pipeline_rank == 0, pipeline_rank == layout.pp - 1
     # A tied table on two stages is a copy each.
     tables = [is_first, is_last and not (is_first and model.tie_embeddings)].count(True)
@@ -208,7 +213,7 @@ class Activations:
             # Backward from the last layer: what later layers keep is not there yet, or no longer.
             later = 0.0
             for layer in reversed(chunk):
-                layer_kept, layer_working = self._layers[self.model.alike(layer)]
+                layer_kept, layer_working = self._layers[layer]
                 working = max(working, self.tokens * (layer_working - later))
                 later += layer_kept
 
@@ -256,7 +261,7 @@ class Activations:
         kept, rows, layout = 0.0, self.rows, self.layout
         for chunk in self.chunks:
             for layer in chunk:
-                kept += self._layers[self.model.alike(layer)][0]
+                kept += self._layers[layer][0]
         if layout.vpp > 1 or not self.is_last:
             kept += layout.vpp * self.size * self.model.hidden_size
         # Cosines and sines, and masks: of all layers, and if rows are one document each, of all these rows.
@@ -321,8 +326,10 @@ class Activations:
 
     @cached_property
     def _layers(self) -> dict[int, tuple[float, float]]:
-        """`_layer` of the layers of this rank, by the first one that is alike."""
-        return {layer: self._layer(layer) for layer in {self.model.alike(each) for row in self.chunks for each in row}}
+        """What `_layer` returns, by layer."""
+        equal = equal_layers(self.model, chain(*self.chunks))
+        computed = {layer: self._layer(layer) for layer in {*equal.values()}}
+        return {layer: computed[first] for layer, first in equal.items()}
 
     def _layer(self, layer: int) -> tuple[float, float]:
         """Returns the bytes of a layer for each token: (kept for the backward pass, at work in it)."""

@@ -292,10 +292,6 @@ class ModelConfig(Config, ABC):
 
     # -- derived methods ----------------------------------------------------------------------------------------------
 
-    def alike(self, layer: int) -> int:
-        """The first layer with the same tensors, whose sizes are those of this one."""
-        return 0
-
     def layer_shapes(self, layer: int) -> Shapes:
         """The tensors of a layer, by their names there; those of all experts once, with a place for the number."""
         hidden = self.hidden_size

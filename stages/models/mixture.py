@@ -106,9 +106,6 @@ class MixtureConfig(ModelConfig):
         layers, is_global = range(self.dense_layers, self.layers), self.balance == "global"
         return Routing(self.experts, self.num_experts_per_tok, layers, self.z_loss > 0, is_global)
 
-    def alike(self, layer: int) -> int:
-        return 0 if layer < self.dense_layers else self.dense_layers
-
     def mlp_shapes(self, layer: int) -> Shapes:
         hidden = self.hidden_size
         if layer < self.dense_layers:
