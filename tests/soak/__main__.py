@@ -27,7 +27,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from tests.fixtures import ROOT
-from tests.soak import layouts, processes, simulated_ranks, slurm_seeds
+from tests.soak import collective_order, layouts, processes, simulated_ranks, slurm_seeds
 from tests.soak.layouts import Cells, Step
 
 RECORDS = ROOT / "runs/soak"
@@ -138,6 +138,11 @@ PARTS = {
         simulated_ranks.steps, simulated_ranks.HEAD,
         "Ranks of the cluster recipes at full size (`atom plan --simulate`), PyTorch's kernels; the bound is "
         f"{simulated_ranks.TOLERANCE:.0%}. Sent: the larger side of every collective with other ranks.",
+    ),
+    "collective-order": Part(
+        collective_order.steps, collective_order.HEAD,
+        "Layouts of the cluster recipes with one layer a chunk and few data ranks: what all simulated ranks issue, run "
+        "through together, and the first and last rank of each stage among all ranks of the recipe.",
     ),
     "drawn-ranks": Part(
         simulated_ranks.drawn_steps, simulated_ranks.DRAWN_HEAD,
