@@ -21,7 +21,6 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
-import torch.distributed._tools.fake_collectives  # registers the collectives' kernels for fake tensors
 from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
@@ -252,6 +251,8 @@ def simulated(layout: Layout, rank: int) -> Iterator[SimulatedRank]:
     It yields the count of the rank's bytes and collectives. Norms are one kernel and keep their input, as on a GPU, and
     tokens are spread evenly over experts.
     """
+    # It registers the collectives' kernels for fake tensors, and loads PyTorch's compiler, which takes seconds.
+    import torch.distributed._tools.fake_collectives
     from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
     with gpu.deterministic_kernels(layout.deterministic), fake_groups(layout, rank), contextlib.ExitStack() as stack:

@@ -13,9 +13,7 @@ import pytest
 from docs.examples import SMOKE, Place
 from tests.fixtures import ROOT, page_fixtures
 from tests.fixtures.page_fixtures import TUTORIALS
-from tests.fixtures.run_fixtures import SOAK, at_length
-
-AT_LENGTH = ("at length",) if SOAK else ()
+from tests.fixtures.run_fixtures import at_length
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +34,7 @@ def place(smoke_demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     ],
 )
 def test_a_tutorial_runs_to_its_end(place: Place, name: str) -> None:
-    page_fixtures.check(TUTORIALS / f"{name}.md", place, AT_LENGTH)
+    page_fixtures.check(TUTORIALS / f"{name}.md", place)
 
 
 def test_every_tutorial_is_run() -> None:
