@@ -1,14 +1,14 @@
 """What the rewards of the packaged recipes pay to answers that solve nothing, by family of attacks.
 
-    .venv/bin/python bench/rewards.py                            # about TODO minutes of CPU time
+    .venv/bin/python bench/rewards.py                            # seven minutes of CPU time
     .venv/bin/python bench/rewards.py --dataset knights_knaves   # beside them a set of reasoning-gym with its defaults
     .venv/bin/python bench/rewards.py --count 8                  # to see that it works
 
 The sources of tasks are those of all phases of all packaged recipes, with fewer tasks each. Datasets of the Hub are
 replaced by a few rows in the same format, which pass through the same source (`HubTasks`). The probe is that of the
 stage `tasks`: a figure is the mean reward of the best answer of a family, chosen on other tasks if there are enough,
-and the largest over the levels of a kind. `chance` is that of this kind's level with the least. A figure in bold is
-more than chance + MARGIN. `reward-model` is trained in a run, so its rewards are not here.
+and the largest over the levels of a kind. `chance` is that of the level with the least. A figure in bold is more than
+the chance of its level + MARGIN. `reward-model` is trained in a run, so its rewards are not here.
 
 The last line is one JSON object.
 """
