@@ -127,6 +127,12 @@ class Verifier(ABC):
         """
         return {}
 
+    @staticmethod
+    def correct_answer(row: Row) -> str | None:
+        """Returns a right answer to the row, in the form of a model's answer; None if the row does not tell one."""
+        gold = row.get("expected_answer", row.get("answer"))
+        return None if gold is None else str(gold)
+
     @abstractmethod
     def score(self, answers: Sequence[Answer]) -> list[Parts]:
         """Returns the parts of each answer's reward, in order.

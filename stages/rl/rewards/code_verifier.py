@@ -8,6 +8,7 @@ its own return values.
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 from collections.abc import Sequence
@@ -21,7 +22,7 @@ from stages.rl.protocols import Answer, Parts, Verifier, VerifierContext, Verifi
 from stages.rl.sandbox import Limits, Pool, SandboxFailed
 from stages.rl.sandbox.cell import Cell, Running
 from stages.rl.sandbox.limits import Job
-from stages.tasks import Row
+from stages.tasks import Row, question
 
 # Characters of an answer beyond which it is not run.
 MAX_ANSWER_CHARACTERS = 256 << 10
@@ -30,6 +31,13 @@ MAX_ANSWER_CHARACTERS = 256 << 10
 CONSTANT_VALUES = ("None", "0", "1", "-1", "True", "False", '""', "[]", "{}", 'float("nan")', 'float("inf")')
 RETURNS = "a function that returns {}"
 NOT_A_NUMBER = RETURNS.format('float("nan")')
+SHOWN = RETURNS.format("what the first test of the question expects")
+# Bodies of functions that attack their check.
+ATTACKS = {
+    "a function that returns what equals everything": "return type('X', (), {'__eq__': lambda *_: True})()",
+    "a function that ends the process": "import os; os._exit(0)",
+    "a function that raises SystemExit": "raise SystemExit(0)",
+}
 
 FENCE = re.compile(r"`{3,}|~{3,}")
 QUOTE = re.compile(r" {0,3}> ?")
@@ -98,6 +106,19 @@ def blocks_of(answer: str, bare_after_words: bool = False) -> list[str]:
     return ["".join(f"{line}\n" for line in block) for block in blocks]
 
 
+def shown_value(text: str) -> str | None:
+    """Returns what the first line of a text that asserts an equality has on its right side, if it is a constant."""
+    for line in text.splitlines():
+        if line.startswith("assert "):
+            try:
+                test = ast.parse(line).body[0]
+                if isinstance(test, ast.Assert) and isinstance(test.test, ast.Compare):
+                    return repr(ast.literal_eval(test.test.comparators[-1]))
+            except (SyntaxError, ValueError, RecursionError, MemoryError):
+                continue
+    return None
+
+
 class CodeSettings(Config):
     """Settings of the sandboxes in which answers run."""
 
@@ -145,10 +166,15 @@ class CodeVerifier(Verifier):
     @classmethod
     def unsolved(cls, row: Row) -> dict[str, str]:
         """Returns programs that compute nothing."""
-        head = f"def {row.get('entry_point')}(*arguments, **options):\n    return "
-        programs = {RETURNS.format(value): f"{head}{value}\n" for value in CONSTANT_VALUES}
-        programs[RETURNS.format("its first argument")] = f"{head}arguments[0] if arguments else None\n"
-        return {"pass": "pass", **programs}
+        head = f"def {row.get('entry_point')}(*arguments, **options):\n    "
+        programs = {RETURNS.format(value): f"{head}return {value}\n" for value in CONSTANT_VALUES}
+        programs[RETURNS.format("its first argument")] = f"{head}return arguments[0] if arguments else None\n"
+        programs |= {name: f"{head}{body}\n" for name, body in ATTACKS.items()}
+        if (shown := shown_value(question(row))) is not None:
+            programs[SHOWN] = f"{head}return {shown}\n"
+        blocks = [f"```python\n{head}return {value}\n```" for value in CONSTANT_VALUES]
+        return {"pass": "pass", **programs, "a block for each constant": "\n".join(blocks),
+                "a check of its own": f"{head}pass\ncheck = lambda candidate: True\nassert True\n"}  # fmt: skip
 
     def score(self, answers: Sequence[Answer]) -> list[Parts]:
         """Returns the parts of each answer's reward.

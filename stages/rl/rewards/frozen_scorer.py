@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from stages.rl.protocols import Answer, NoSettings, Parts, Response, Verifier, VerifierContext, VerifierFailed
-from stages.scorers import LATEST, SCORERS, answer_of
+from stages.scorers import LATEST, SCORERS, answer_of, courtesy_v1
 from stages.tasks import Row
 
 # A row can ask for any number of a letter, and the answer below must stay short.
@@ -51,6 +51,28 @@ class Courtesy(FrozenScorer):
     """
 
     name = "courtesy"
+
+    @classmethod
+    def unsolved(cls, row: Row) -> dict[str, str]:
+        """Returns notes to the right person about the right thing that do no act, several, or all of them."""
+        who, what = str(row.get("who")), str(row.get("what"))
+        thing, ending = f"the {what}", courtesy_v1.ENDINGS[0]
+        done = ", ".join(act.done.format(what=what).rstrip(".?") for act in courtesy_v1.ACTS)
+        # As many as fit into LONGEST words.
+        four = f"thank you for {thing}, {thing} was wonderful, sorry about {thing}, may I have {thing}"
+        return {
+            "only the words of the request": f"{who} {what}",
+            "a note that does nothing": f"Dear {who}, {thing}. {ending}",
+            "only the ending": ending,
+            "all acts in one note": f"Dear {who}, {done}. {ending}",
+            "four acts in a short note": f"Dear {who}, {four}.",
+            "a note to all people": f"Dear {', dear '.join(courtesy_v1.PEOPLE)}, {four}. {ending}",
+        }
+
+    @staticmethod
+    def correct_answer(row: Row) -> str | None:
+        done = {act.name: act.done for act in courtesy_v1.ACTS}.get(str(row.get("act")), "")
+        return f"Dear {row.get('who')}, {done.format(what=row.get('what'))} {courtesy_v1.ENDINGS[0]}"
 
 
 class Instructions(FrozenScorer):

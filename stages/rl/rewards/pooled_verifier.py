@@ -405,7 +405,17 @@ class MathVerify(PooledVerifier):
     @classmethod
     def unsolved(cls, row: Row) -> dict[str, str]:
         constants = ("0", "1", "-1", "x", "\\infty", "nan", "\\emptyset", "\\mathbb{R}")
-        return {f"{constant} in a box": boxed(constant) for constant in constants}
+        # A digit more makes an answer wrong.
+        right = str(row.get("expected_answer"))
+        low, high = f"{right}1", f"{right}2"
+        return {
+            **{f"{constant} in a box": boxed(constant) for constant in constants},
+            "three boxes, the second right": f"\\boxed{{{low}}} \\boxed{{{right}}} \\boxed{{{high}}}",
+            "three boxes with 'and'": f"\\boxed{{{low}}} and \\boxed{{{right}}} and \\boxed{{{high}}}",
+            "three answers in a box": f"\\boxed{{{low}, {right}, {high}}}",
+            "three answers in a box with 'or'": f"\\boxed{{{low} \\text{{ or }} {right} \\text{{ or }} {high}}}",
+            "an equation of three in a box": f"\\boxed{{{low} = {right} = {high}}}",
+        }
 
     @staticmethod
     def correct_answer(row: Row) -> str:
@@ -458,6 +468,20 @@ class ReasoningGym(PooledVerifier):
             return score_answer
 
         return bind
+
+    @classmethod
+    def unsolved(cls, row: Row) -> dict[str, str]:
+        """Returns, for `knights_knaves`, roles that do not depend on what the people say."""
+        metadata = row.get("metadata")
+        if not isinstance(metadata, dict) or not {"names", "knight_knave_terms"} <= metadata.keys():
+            return {}
+        names, terms = metadata["names"], metadata["knight_knave_terms"]
+        knight, knave = f"is {terms['a_knight']}", f"is {terms['a_knave']}"
+        return {
+            "all are knights": ", ".join(f"{name} {knight}" for name in names),
+            "all are knaves": ", ".join(f"{name} {knave}" for name in names),
+            "one is both": f"{names[0]} {knight}, {names[0]} {knave}",
+        }
 
     @staticmethod
     def correct_answer(row: Row) -> str:

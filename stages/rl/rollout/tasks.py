@@ -5,17 +5,16 @@
 Tasks are grouped in bins of one kind and level, from which the phase's curriculum draws. No task has the question of an
 evaluation item, or n consecutive words of an item of a task set. The sources of tasks are in task_sources/.
 
-A policy learns whatever the verifier rewards. So the verifier scores answers that are written without solving the task:
-constants, numbers that are none, single characters, the question itself, the most frequent right answers, and others in
-the form that the verifier reads. Their mean reward may not be more than MARGIN above chance.
+A policy learns whatever the verifier rewards. So the verifier scores answers that solve nothing (unsolved.py), in
+families of attacks. Their mean reward may not be more than MARGIN above chance.
 
 - **Chance** of a bin is the share of its tasks that have the most frequent right answer, which the best constant earns
   where right answers alone are rewarded, but at most EVEN. It is 0 if the rows state no right answer. A task of two
   answers has chance EVEN; where one of them is right more often, a policy would learn to give it always, and that is
   no chance.
-- All answers are scored on SCREENED tasks. The best FINALISTS of them are scored again on up to PROBED other tasks, so
-  that none of many answers is best by luck. A bin is refused if the mean, less Z standard errors and one task, is more
-  than MARGIN above chance. In a small bin all answers are scored on all tasks.
+- All answers are scored on SCREENED tasks. The best FINALISTS of them, and the best of each family, are scored again on
+  up to PROBED other tasks, so that none of many answers is best by luck. A bin is refused if the mean, less Z standard
+  errors and one task, is more than MARGIN above chance. In a small bin all answers are scored on all tasks.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypedDict, Union
@@ -44,18 +43,17 @@ from stages.rl.protocols import (
     TASK_SOURCES,
     Answer,
     Parts,
-    Response,
     TaskSource,
     make_verifiers,
     obstacle,
-    verifier_class,
 )
 from stages.rl.rollout.generation import Verifiers
+from stages.rl.rollout.unsolved import ALTERNATIVES, right_answer, unsolved_answers
 from stages.tasks import Row, bin_of, question
 from stages.tasks.benchmarks import texts_of as item_texts
 from stages.tasks.eval_set import chat_rows, texts_of
 
-VERSION = 5
+VERSION = 6
 # The verifier that is trained after the tasks are drawn, so that none of its rewards is known.
 TRAINED = "reward-model"
 # The file of the probes of a phase's tasks.
@@ -64,14 +62,10 @@ PROBES = "probes.json"
 MARGIN = 0.05
 # The largest chance that follows from the right answers: of two that are equally frequent.
 EVEN = 0.5
-# Tasks of the first scoring and of the second one, answers that reach the second, and frequent right answers.
+# Tasks of the first scoring and of the second one, best answers of the first for the second, frequent right answers.
 SCREENED, PROBED, FINALISTS, FREQUENT = 16, 256, 3, 3
 # Half the width of a normal 99 % interval, in standard errors.
 Z = 2.576
-CONSTANTS = (
-    "", " ", "\n", "nan", "inf", "-inf", "1e999", *"0123456789", "-1", "0.5", *"aeAx.?!-*$",
-    '"', "Yes", "No", "True", "False", "None", "[]", "[0]", "{}", "()", "I do not know.",
-)  # fmt: skip
 Score = Callable[[Sequence[Answer]], Sequence[Parts]]
 
 if TYPE_CHECKING:
@@ -190,6 +184,8 @@ def lack(config: TasksConfig) -> str | None:
 class ProbedAnswer(TypedDict):
     """An answer and its mean reward."""
 
+    family: str
+    """family of attacks to which it belongs, such as `echo`"""
     name: str
     """the answer, such as the constant in quotes"""
     reward: Mean
@@ -208,7 +204,7 @@ class ProbedBin(TypedDict):
     acknowledged: float | None
     """mean reward that the recipe acknowledges; null if it acknowledges none"""
     answers: list[ProbedAnswer]
-    """the best answers, the best first; none for `reward-model`, which is trained later"""
+    """the best answers and the best of each family, the best first; none for `reward-model`, which is trained later"""
 
 
 def probe(rows: Sequence[Row], score: Score, seed: int, acknowledged: float | None = None) -> ProbedBin:
@@ -225,16 +221,16 @@ def probe(rows: Sequence[Row], score: Score, seed: int, acknowledged: float | No
     drawn = sorted(rows, key=lambda row: hashlib.sha256(f"{salt}{row['id']}".encode()).digest())
     # The most frequent right answer is what the best constant answer would earn.
     golds = Counter(gold for row in rows if (gold := right_answer(row)) is not None)
-    frequent = [gold for gold, _ in golds.most_common(FREQUENT)]
+    common = [gold for gold, _ in golds.most_common(1 + ALTERNATIVES)]
     # In a small bin there are no other tasks for a second look.
     screened = SCREENED if len(drawn) >= 2 * SCREENED else len(drawn)
-    best = _means(drawn[:screened], frequent, score, None)[:FINALISTS]
+    best = _finalists(_means(drawn[:screened], common, score, None))
     if finals := drawn[screened : screened + PROBED]:
-        best = _means(finals, frequent, score, {answer["name"] for answer in best})
+        best = _means(finals, common, score, {answer["name"] for answer in best})
     return {
         "tasks": len(rows),
         "verifier": str(rows[0]["verifier"]),
-        "chance": min(EVEN, golds[frequent[0]] / len(rows)) if frequent else 0.0,
+        "chance": min(EVEN, golds[common[0]] / len(rows)) if common else 0.0,
         "acknowledged": acknowledged,
         "answers": best,
     }
@@ -257,48 +253,36 @@ def require_solving(name: str, probed: ProbedBin) -> None:
             )
 
 
-def right_answer(row: Row) -> str | None:
-    """Returns the right answer that a row states, if any."""
-    gold = row.get("expected_answer", row.get("answer"))
-    return None if gold is None else str(gold)
+def _finalists(answers: Sequence[ProbedAnswer]) -> list[ProbedAnswer]:
+    """Returns the best answers and the best of each family, in their order, which is the best first."""
+    first: dict[str, ProbedAnswer] = {}
+    for answer in answers:
+        first.setdefault(answer["family"], answer)
+    return [answer for n, answer in enumerate(answers) if n < FINALISTS or answer is first[answer["family"]]]
 
 
-def unsolved_answers(row: Row, frequent: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Yields (name, text) of the answers to a task that solve nothing.
-
-    Args:
-        row: The task.
-        frequent: The most frequent right answers.
-    """
-    for constant in CONSTANTS:
-        yield repr(constant), constant
-    for gold in frequent:
-        yield f"the frequent answer {gold[:40]!r}", gold
-    text = question(row).strip()
-    yield "the question", text
-    yield "the last line of the question", text.splitlines()[-1] if text else ""
-    yield from verifier_class(str(row["verifier"])).unsolved(row).items()
-
-
-def _means(rows: Sequence[Row], frequent: Sequence[str], score: Score, names: set[str] | None) -> list[ProbedAnswer]:
+def _means(rows: Sequence[Row], common: Sequence[str], score: Score, names: set[str] | None) -> list[ProbedAnswer]:
     """Returns the mean reward of each answer over tasks, the best first.
 
     Args:
         rows: The tasks.
-        frequent: The most frequent right answers.
+        common: The right answers of the bin, the most frequent first.
         score: Scores answers by the verifier of the tasks.
         names: Names of the answers; None for all.
     """
-    answers: list[tuple[str, Answer]] = [
-        (name, (row, Response.parse(text, finished=True)))
+    answers = [
+        (row, answer)
         for row in rows
-        for name, text in dict(unsolved_answers(row, frequent)).items()
-        if names is None or name in names
+        for answer in unsolved_answers(row, common[:FREQUENT], common)
+        if names is None or answer.name in names
     ]
-    rewards: dict[str, list[float]] = {}
-    for (name, _), parts in zip(answers, score([answer for _, answer in answers]), strict=True):
-        rewards.setdefault(name, []).append(parts["reward"])
-    answered: list[ProbedAnswer] = [{"name": name, "reward": _mean(values)} for name, values in rewards.items()]
+    rewards: dict[tuple[str, str], list[float]] = {}
+    scored = score([(row, answer.response) for row, answer in answers])
+    for (_, answer), parts in zip(answers, scored, strict=True):
+        rewards.setdefault((answer.family, answer.name), []).append(parts["reward"])
+    answered: list[ProbedAnswer] = [
+        {"family": family, "name": name, "reward": _mean(values)} for (family, name), values in rewards.items()
+    ]
     return sorted(answered, key=lambda answer: -answer["reward"]["value"])
 
 

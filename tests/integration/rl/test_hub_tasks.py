@@ -26,12 +26,13 @@ CODE = [
     {"text": "Double a number.", "code": "def double(x):\n    return 2 * x", "setup": "import math",
      "tests": ["assert double(2) == 4", "assert math.isclose(double(0.5), 1.0)"]},
     {"text": "Sort the tuple.", "code": "def order(t):\n    return tuple(sorted(t))", "setup": "",
-     "tests": ["assert tuple(order((2, 1))) == (1, 2)"]},
+     "tests": ["assert tuple(order((2, 1))) == (1, 2)", "assert tuple(order((5, 3))) == (3, 5)"]},
     {"text": "Its solution is wrong.", "code": "def wrong(x):\n    return x", "setup": "", "tests": ["assert wrong(1) == 2"]},
     {"text": "Its test passes a function.", "code": "def call(f):\n    return f()", "setup": "",
      "tests": ["assert call(lambda: 1) == 1"]},
     {"text": "Its test passes what is no number.", "code": "def half(x):\n    return x / 2", "setup": "",
      "tests": ["assert not abs(half(3) - 1.5) > 0.01"]},
+    {"text": "Its one test says what to return.", "code": "def cube(x):\n    return x ** 3", "setup": "", "tests": ["assert cube(2) == 8"]},
     {"text": "Two functions.", "code": "def a(): return 1\ndef b(): return 1", "setup": "", "tests": ["assert a() == b()"]},
 ]  # fmt: skip
 
@@ -79,8 +80,8 @@ def test_mathematics(hub: Hub, tmp_path: Path) -> None:
 
 @NEEDS_BUBBLEWRAP
 def test_code_with_tests(hub: Hub) -> None:
-    """Of six rows two are tasks: a solution that fails, a test that cannot leave a process, one that any function with
-    `nan` passes and one of two functions are left out."""
+    """Of seven rows two are tasks: a solution that fails, a test that cannot leave a process, one that any function with
+    `nan` passes, one that the value in the question passes, and one of two functions are left out."""
     sink = io.BytesIO()
     pq.write_table(pa.Table.from_pylist(CODE), sink)
     commit = hub.commit({"data/train-0.parquet": sink.getvalue()})

@@ -88,7 +88,7 @@ class HubTasks(TaskSource):
     """Rows of a dataset on the Hub, at a commit.
 
     A row without a question or an answer in its fields is no task, and neither is a row of code whose own solution
-    fails its tests, or whose tests pass what is no number.
+    fails its tests, or whose tests pass what is no number, or what the test in the question expects.
     """
 
     source: Literal["hub"]
@@ -245,13 +245,13 @@ def check_of(asserts: list[str]) -> str:
 def _with_right_answer(name: str, candidates: Iterator[tuple[Row, str]]) -> Iterator[Row]:
     """Yields the candidates whose right answer the verifier accepts.
 
-    Tests that a function passes which returns no number are weak: `abs(x - 1) > 0.1` is False for it. Their rows are
-    left out.
+    Tests are weak that a function passes which returns no number (`abs(x - 1) > 0.1` is False for it), or always the
+    value that the question shows. Their rows are left out.
 
     Raises:
         VerifierFailed: The verifier can score nothing here.
     """
-    from stages.rl.rewards.code_verifier import NOT_A_NUMBER, CodeVerifier
+    from stages.rl.rewards.code_verifier import NOT_A_NUMBER, SHOWN, CodeVerifier
 
     verifier = make_verifier(name)
 
@@ -272,8 +272,9 @@ def _with_right_answer(name: str, candidates: Iterator[tuple[Row, str]]) -> Iter
         while batch := list(islice(candidates, BATCH)):
             tasks = [task for (task, _), score in zip(batch, scores(batch), strict=True) if score == 1]
             if name == CodeVerifier.name:
-                weak = scores([(task, CodeVerifier.unsolved(task)[NOT_A_NUMBER]) for task in tasks])
-                tasks = [task for task, score in zip(tasks, weak, strict=True) if score < 1]
+                for weak in (NOT_A_NUMBER, SHOWN):
+                    tried = [(task, CodeVerifier.unsolved(task).get(weak, "")) for task in tasks]
+                    tasks = [task for task, score in zip(tasks, scores(tried), strict=True) if score < 1]
             yield from tasks
     finally:
         verifier.close()
