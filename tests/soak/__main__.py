@@ -152,7 +152,7 @@ PARTS = {
         "SEED NUMBER` repeats one.",
     ),
     "te": Part(
-        test_steps(*(f"tests/te/test_{name}.py" for name in ("stand_ins", "saved", "bridge", "answers", "training", "partial_rotary"))),
+        test_steps(*(f"tests/te/test_{name}.py" for name in ("stand_ins", "saved", "interpreted", "bridge", "bridge_recipes", "answers", "training", "partial_rotary"))),
         ["tests", "result"],
         "Transformer Engine's layers on CPU against this project's, also in layouts of four, and Megatron-Bridge on an "
         "export: to run before a change to the engine is called done. It makes an environment of its own.",
