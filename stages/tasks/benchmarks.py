@@ -26,6 +26,7 @@ from pipeline.core.errors import AtomError, RecipeError, installing
 from pipeline.core.stage import Config, Estimate, Inputs, Report, Stage, operational
 from pipeline.core.store import Artifact, sha256_file
 from pipeline.core.yaml_text import read_trusted
+from pipeline.hub import client
 from stages.formats.file_digests import TreeDigest, tree_digest
 from stages.formats.table import Int32, String, columns_of, read_table, write_json, write_rows
 
@@ -225,7 +226,7 @@ def load_tasks(task_set: TaskSet, folder: Path | None) -> dict[str, Any]:
     # The harness would read what the Hub has at the moment.
     revised = {} if task_set.revision is None else {"dataset_kwargs": {"revision": task_set.revision}}
     try:
-        with in_folder(folder):
+        with in_folder(folder), downloads():
             return {name: load_task(manager, name, revised) for name in task_set.tasks}
     except Exception as error:  # whatever YAML files, their functions and the libraries that read the data raise
         lines = str(error).strip().splitlines() or [type(error).__name__]
@@ -257,6 +258,20 @@ def in_folder(folder: Path | None) -> Iterator[None]:
     """Runs in that folder, so that YAML files name data beside them."""
     with contextlib.nullcontext() if folder is None else contextlib.chdir(folder):
         yield
+
+
+@contextlib.contextmanager
+def downloads() -> Iterator[None]:
+    """Lets the package `datasets` use the network, which the environment of a stage turns off."""
+    import datasets
+
+    settings = datasets.config
+    with client.online():
+        offline, settings.HF_HUB_OFFLINE = settings.HF_HUB_OFFLINE, False
+        try:
+            yield
+        finally:
+            settings.HF_HUB_OFFLINE = offline
 
 
 def data_folder(task: str) -> str:
