@@ -296,7 +296,14 @@ def _write_splits(task: Any, folder: Path, limit: int | None) -> list[str]:
 
 
 def _question(task: Any, document: Mapping[str, Any]) -> str:
-    query = task.doc_to_decontamination_query(document) if task.should_decontaminate() else None
+    from lm_eval.utils import apply_template
+
+    template = task.config.doc_to_decontamination_query if task.should_decontaminate() else None
+    if isinstance(template, str) and template not in task.features:
+        # The harness would read the rendered text as a literal of Python, which that of ARC is not.
+        query = apply_template(template, document)
+    else:
+        query = task.doc_to_decontamination_query(document) if template else None
     text = query if isinstance(query, str) else task.doc_to_text(document)
     return text if isinstance(text, str) else str(document)
 
