@@ -11,7 +11,8 @@ recomputation, packing, ramps, spikes, mixes, verifiers, curation, and the kinds
 - Each kind of parallelism has the degree 2, a phase has the fewest ranks that this takes, and a data-parallel rank at
   most two micro-batches of at most two rows, before a ramp doubles them. The layers are dealt to the chunks of a
   pipeline as evenly, or unevenly, as in the recipe.
-- What judges an effect of training is waived, and so are limits on repeated data.
+- What judges an effect of training is waived, and so are limits on repeated data, and on the share of a source that a
+  rule removes: of few documents it says little.
 - What a CPU lacks is switched to what it has, and each such setting is named.
 """
 
@@ -28,7 +29,7 @@ from stages.train.rehearsal import STEPS as REHEARSED
 from stages.train.rehearsal import is_costly
 
 ROW, STEPS, LAYERS, ANSWER = 128, 6, 4, 16
-HELDOUT = 0.2
+HELDOUT, KEPT = 0.3, 0.75
 WAIVER = "a miniature is made to see whether everything runs, and shows no effect of training"
 # The largest value by the path of a setting, * for any characters; the first pattern that fits counts.
 CAPS = {
@@ -212,10 +213,11 @@ def _shrink_batch(phase: dict[str, Any], full: Mapping[str, Any], data: int) -> 
 def _shrink_corpus(data: dict[str, Any]) -> None:
     """Holds out enough of few documents, and drops what is known of the size of the full sources."""
     data["heldout_fraction"] = HELDOUT
+    data["curation"] = {**data.get("curation", {}), "alarm_share": 1.0}
     for source in data["sources"]:
         source.pop("supply", None)
         source.pop("tree_digest", None)
         if "heldout_fraction" in source:
             source["heldout_fraction"] = HELDOUT
     for classifier in data.get("classifiers", ()):
-        classifier |= {"keep": max(0.5, classifier.get("keep", 0.0)), "heldout_fraction": HELDOUT}
+        classifier |= {"keep": max(KEPT, classifier.get("keep", 0.0)), "heldout_fraction": HELDOUT}

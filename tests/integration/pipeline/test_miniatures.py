@@ -15,9 +15,9 @@ from pipeline.operations import recipe_check
 from release.hub.local import server
 from stages.miniature import CAPS
 from stages.models.parallel_layout import Layout
+from stages.tasks import benchmarks
 from tests.fixtures import ROOT, miniature_hub
 from tests.fixtures.run_fixtures import atom
-from tests.fixtures.sandbox_fixtures import NEEDS_BUBBLEWRAP
 
 RECIPES = ("atom-1b-a300m", "atom-30b-a3b", "atom-235b-a22b")
 # Sizes and places in time; everything else of a recipe stays as it is.
@@ -98,25 +98,19 @@ def test_the_command(tmp_path: Path) -> None:
     assert refused.startswith("atom: --miniature sets the ranks")
 
 
-@NEEDS_BUBBLEWRAP
-def test_sources_benchmarks_and_tasks_come_from_a_local_hub(tmp_path: Path) -> None:
-    """The beginning of a run: every source is pinned and probed, and stages, whose environment turns downloads off, read
-    the benchmarks and the tasks. `make soak PART=miniatures` runs miniatures whole."""
+def test_sources_and_benchmarks_come_from_a_local_hub(tmp_path: Path) -> None:
+    """The beginning of a run: every source is pinned and probed, and a stage, whose environment turns downloads off, reads
+    the benchmarks. `make soak PART=miniatures` runs miniatures whole."""
     path, home = recipe_check.write_miniature("mini", RECIPES[0], tmp_path), tmp_path / "home"
     miniature_hub.write(str(path), tmp_path / "hub")
     with server.running(tmp_path / "hub") as endpoint:
         hub: Any = {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "hf")}
-        pinned = atom(home, "pin", str(path), "--json", **hub)
-        atom(home, "run", str(path), "--until", "tasks-rlvr", **hub)
-    sealed = {name: Artifact.open(next(home.glob(f"artifacts/{name}-*"))) for name in ("benchmarks", "tasks-rlvr")}
-    sets = sealed["benchmarks"].json("tasks.json")
-    assert {name: len(each["tasks"]) for name, each in sets.items()} == {
-        "arc": 2,
-        "gsm8k": 1,
-        "mmlu": 57,
-        "truthfulqa": 2,
-    }
-    tasks = [json.loads(line) for line in (sealed["tasks-rlvr"] / "tasks.jsonl").read_text().splitlines()]
-    assert {"gsm8k", "mbpp", "functions"} < {task["kind"] for task in tasks}
-    probes = {source["name"]: source["probe"] for source in json.loads(pinned.stdout)["sources"]}
+        pinned = json.loads(atom(home, "pin", str(path), "--json", **hub).stdout)
+        atom(home, "run", str(path), "--until", "benchmarks", **hub)
+    probes = {source["name"]: source["probe"] for source in pinned["sources"]}
     assert len(probes) == 30 and all(probe["kept_documents"] for probe in probes.values()), probes
+    sealed = Artifact.open(next(home.glob("artifacts/benchmarks-*")))
+    sets = {name: len(stated["tasks"]) for name, stated in sealed.json("tasks.json").items()}
+    assert sets == {"arc": 2, "gsm8k": 1, "mmlu": 57, "truthfulqa": 2}
+    texts = dict(benchmarks.texts_of(sealed))
+    assert len(texts) == 2 * 62 and texts["arc/arc_easy/000000"].startswith("Question: ")
