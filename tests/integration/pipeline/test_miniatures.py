@@ -55,7 +55,9 @@ def test_a_miniature_is_its_recipe_but_for_sizes(name: str, tmp_path: Path) -> N
     }
     before = leaves(yaml.safe_load((ROOT / f"pipeline/recipes/{name}.yaml").read_text()))
     after = leaves(yaml.safe_load(path.read_text()))
-    before, after = ({place: leaf for place, leaf in each.items() if "preferences" not in place} for each in (before, after))
+    before, after = (
+        {place: leaf for place, leaf in each.items() if "preferences" not in place} for each in (before, after)
+    )
     assert {place for place in before if place not in after} == {
         place for place in before if "engine" in place or place[-2:] == ("sampling", "kind")
     }
@@ -103,6 +105,9 @@ def test_sources_and_benchmarks_come_from_a_local_hub(tmp_path: Path) -> None:
     """The beginning of a run: every source is pinned and probed, and a stage, whose environment turns downloads off, reads
     the benchmarks. `make soak PART=miniatures` runs miniatures whole."""
     path, home = recipe_check.write_miniature("mini", RECIPES[0], tmp_path), tmp_path / "home"
+    text = path.read_text()
+    assert "    - mmlu\n" in text
+    path.write_text(text.replace("    - mmlu\n", ""))  # its 57 tasks take most of the time
     miniature_hub.write(str(path), tmp_path / "hub")
     with server.running(tmp_path / "hub") as endpoint:
         hub: Any = {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "hf")}
@@ -112,6 +117,6 @@ def test_sources_and_benchmarks_come_from_a_local_hub(tmp_path: Path) -> None:
     assert len(probes) == 30 and all(probe["kept_documents"] for probe in probes.values()), probes
     sealed = Artifact.open(next(home.glob("artifacts/benchmarks-*")))
     sets = {name: len(stated["tasks"]) for name, stated in sealed.json("tasks.json").items()}
-    assert sets == {"arc": 2, "gsm8k": 1, "mmlu": 57, "truthfulqa": 2}
+    assert sets == {"arc": 2, "gsm8k": 1, "truthfulqa": 2}
     texts = dict(benchmarks.texts_of(sealed))
-    assert len(texts) == 2 * 62 and texts["arc/arc_easy/000000"].startswith("Question: ")
+    assert len(texts) == 2 * 5 and texts["arc/arc_easy/000000"].startswith("Question: ")
