@@ -11,8 +11,10 @@ recomputation, packing, ramps, spikes, mixes, verifiers, curation, and the kinds
 - Each kind of parallelism has the degree 2, a phase has the fewest ranks that this takes, and a data-parallel rank at
   most two micro-batches of at most two rows, before a ramp doubles them. The layers are dealt to the chunks of a
   pipeline as evenly, or unevenly, as in the recipe.
-- What judges an effect of training is waived, and so are limits on repeated data.
-- What a CPU lacks is switched to what it has, and each such setting is named.
+- What judges an effect of training is waived, and so are limits on repeated data, and on the share of a source that a
+  rule removes: of few documents it says little.
+- What a CPU lacks is switched to what it has, and preferences to tasks at which an untrained policy sometimes succeeds.
+  Each such setting is named.
 """
 
 from __future__ import annotations
@@ -27,15 +29,15 @@ from stages.recipe import ReleaseRecipe
 from stages.train.rehearsal import STEPS as REHEARSED
 from stages.train.rehearsal import is_costly
 
-ROW, STEPS, LAYERS, ANSWER = 128, 6, 4, 16
-HELDOUT = 0.2
+ROW, STEPS, LAYERS, ANSWER = 128, 6, 4, 48
+HELDOUT, KEPT = 0.3, 0.75
 WAIVER = "a miniature is made to see whether everything runs, and shows no effect of training"
 # The largest value by the path of a setting, * for any characters; the first pattern that fits counts.
 CAPS = {
     "tokenizer.*vocab_size": 512, "tokenizer.sample_bytes": 1_000_000,
     "model.hidden_size": 64, "model.heads": 4, "model.kv_heads": 2, "model.head_dim": 16, "model.experts": 4,
     "model.num_experts_per_tok": 2, "model.n_group": 2, "model.topk_group": 1, "model.*intermediate_size": 32,
-    "*.validation.rows": 16, "*.replay.rows": 4, "*.tasks.*.count": 60, "dpo.*.count": 8,
+    "*.validation.rows": 16, "*.replay.rows": 4, "*.tasks.*.count": 60, "dpo.preferences.count": 16, "dpo.*.count": 8,
     "*.prompts_per_step": 4, "*.num_generations": 4, "dpo.updates": 2, "reward_model.pairs": 4,
     "evaluation.problems.*": 20, "evaluation.heldout_documents": 4, "evaluation.context.per_cell": 1,
     "evaluation.context.documents": 2, "evaluation.chat.items.validation.*": 6, "evaluation.chat.items.courtesies": 20,
@@ -62,6 +64,9 @@ IN_STEPS = (
     "*checkpoint_interval",
 )
 DEGREES = ("tp", "pp", "vpp", "cp", "ep", "etp")
+# A policy that has learnt nothing earns nothing for a courtesy, and equal answers make no pairs. At times it meets a
+# constraint on the form.
+PREFERRED = {"source": "instructions", "levels": [1], "count": 60, "acknowledged_reward": 1.0}
 # Settings of a layout that only GPUs have.
 ONLY_GPU = ("dispatcher", "fusions", "cuda_graphs", "deterministic")
 
@@ -83,6 +88,11 @@ def miniature(recipe: Mapping[str, Any], data: Mapping[str, Any]) -> tuple[dict[
     switched = []
     for where, phase in _phases(small).items():
         switched += _shrink_phase(where, phase, phases[where], REHEARSED if where in rehearsed else STEPS)
+    if preferences := small.get("dpo", {}).get("preferences"):
+        preferences["tasks"] = [PREFERRED]
+        switched.append("dpo.preferences.tasks: instructions, which a policy that has learnt nothing meets at times")
+    if "reward_model" in small:
+        small["reward_model"]["heldout_fraction"] = HELDOUT
     evaluation = small["evaluation"]
     if evaluation.get("engine", {}).get("kind") == "vllm":
         evaluation.pop("engine")
@@ -212,10 +222,11 @@ def _shrink_batch(phase: dict[str, Any], full: Mapping[str, Any], data: int) -> 
 def _shrink_corpus(data: dict[str, Any]) -> None:
     """Holds out enough of few documents, and drops what is known of the size of the full sources."""
     data["heldout_fraction"] = HELDOUT
+    data["curation"] = {**data.get("curation", {}), "alarm_share": 1.0}
     for source in data["sources"]:
         source.pop("supply", None)
         source.pop("tree_digest", None)
         if "heldout_fraction" in source:
             source["heldout_fraction"] = HELDOUT
     for classifier in data.get("classifiers", ()):
-        classifier |= {"keep": max(0.5, classifier.get("keep", 0.0)), "heldout_fraction": HELDOUT}
+        classifier |= {"keep": max(KEPT, classifier.get("keep", 0.0)), "heldout_fraction": HELDOUT}

@@ -92,7 +92,7 @@ def write_miniature(name: str, source: str, folder: Path) -> Path:
     small, corpus, switched = registry.definition().miniature(raw, data)
     path, corpus_path = folder / f"{name}.yaml", folder / f"{name}-data.yaml"
     head = MINIATURE_HEAD.format(name=name, source=origin.stem, file=path.name)
-    notes = "".join(f"# switched for CPU: {line}\n" for line in switched)
+    notes = "".join(f"# switched: {line}\n" for line in switched)
     # In one form, without aliases, so that each setting stands where it counts.
     about = f"The miniature of {origin.stem}: made to see whether its stages run, and not for what the model learns."
     bodies = {

@@ -26,6 +26,7 @@ from pipeline.core.errors import AtomError, RecipeError, installing
 from pipeline.core.stage import Config, Estimate, Inputs, Report, Stage, operational
 from pipeline.core.store import Artifact, sha256_file
 from pipeline.core.yaml_text import read_trusted
+from pipeline.hub import client
 from stages.formats.file_digests import TreeDigest, tree_digest
 from stages.formats.table import Int32, String, columns_of, read_table, write_json, write_rows
 
@@ -225,7 +226,7 @@ def load_tasks(task_set: TaskSet, folder: Path | None) -> dict[str, Any]:
     # The harness would read what the Hub has at the moment.
     revised = {} if task_set.revision is None else {"dataset_kwargs": {"revision": task_set.revision}}
     try:
-        with in_folder(folder):
+        with in_folder(folder), downloads():
             return {name: load_task(manager, name, revised) for name in task_set.tasks}
     except Exception as error:  # whatever YAML files, their functions and the libraries that read the data raise
         lines = str(error).strip().splitlines() or [type(error).__name__]
@@ -259,6 +260,20 @@ def in_folder(folder: Path | None) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def downloads() -> Iterator[None]:
+    """Lets the package `datasets` use the network, which the environment of a stage turns off."""
+    import datasets
+
+    settings = datasets.config
+    with client.online():
+        offline, settings.HF_HUB_OFFLINE = settings.HF_HUB_OFFLINE, False
+        try:
+            yield
+        finally:
+            settings.HF_HUB_OFFLINE = offline
+
+
 def data_folder(task: str) -> str:
     """Returns the folder of a task's splits; names of subtasks may have other characters than files."""
     return f"data/{re.sub(r'[^A-Za-z0-9._-]', '_', task)}"
@@ -281,7 +296,14 @@ def _write_splits(task: Any, folder: Path, limit: int | None) -> list[str]:
 
 
 def _question(task: Any, document: Mapping[str, Any]) -> str:
-    query = task.doc_to_decontamination_query(document) if task.should_decontaminate() else None
+    from lm_eval.utils import apply_template
+
+    template = task.config.doc_to_decontamination_query if task.should_decontaminate() else None
+    if isinstance(template, str) and template not in task.features:
+        # The harness would read the rendered text as a literal of Python, which that of ARC is not.
+        query = apply_template(template, document)
+    else:
+        query = task.doc_to_decontamination_query(document) if template else None
     text = query if isinstance(query, str) else task.doc_to_text(document)
     return text if isinstance(text, str) else str(document)
 

@@ -125,6 +125,14 @@ PARTS = {
         test_steps(*integration_tests("data_curate", "planted", "large_release")), ["tests", "result"],
         "Planted duplicates and leaks in a thousand parts; traces and checks of a million documents by brute force.",
     ),
+    "miniatures": Part(
+        test_steps(
+            *(f"tests/slurm/test_slurm_miniatures.py -k {name}" for name in ("atom-1b-a300m", "atom-30b-a3b", "atom-235b-a22b"))
+        ),
+        ["tests", "result"],
+        "The miniatures of the recipes for clusters on virtual nodes, from `atom pin` to a verified release, against a "
+        "local Hub with small copies of what they read.",
+    ),
     "slurm-servers": Part(
         test_steps("tests/slurm/test_slurm_servers.py"), ["tests", "result"],
         "Real vLLM servers in Slurm jobs beside RL: canceled, started again, orphaned; ATOM_VLLM_PYTHON names their Python.",

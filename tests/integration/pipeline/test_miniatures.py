@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from pipeline.core.store import Store
+from pipeline.core.store import Artifact, Store
 from pipeline.graph import dag, recipe
 from pipeline.operations import recipe_check
+from release.hub.local import server
 from stages.miniature import CAPS
 from stages.models.parallel_layout import Layout
-from tests.fixtures import ROOT
+from stages.tasks import benchmarks
+from tests.fixtures import ROOT, miniature_hub
 from tests.fixtures.run_fixtures import atom
 
 RECIPES = ("atom-1b-a300m", "atom-30b-a3b", "atom-235b-a22b")
@@ -25,7 +28,7 @@ SIZES = {pattern.rsplit(".", 1)[-1].strip("*") for pattern in CAPS} | {
     "validate_every", "release_checkpoint_interval", "checkpoint_interval", "release_checkpoint_steps", "global_tokens",
     "micro_tokens", "micro_batches", "ranks", "tp", "pp", "vpp", "cp", "ep", "validation", "problems",
 }  # fmt: skip
-LOOSER = {"min_margin", "waived_gates", "above_gpu_hours", "max_epochs", "limit"}
+LOOSER = {"min_margin", "waived_gates", "above_gpu_hours", "max_epochs", "limit", "heldout_fraction"}
 
 
 def leaves(value: Any, path: tuple[str, ...] = ()) -> dict[tuple[str, ...], Any]:
@@ -52,14 +55,17 @@ def test_a_miniature_is_its_recipe_but_for_sizes(name: str, tmp_path: Path) -> N
     }
     before = leaves(yaml.safe_load((ROOT / f"pipeline/recipes/{name}.yaml").read_text()))
     after = leaves(yaml.safe_load(path.read_text()))
+    before, after = (
+        {place: leaf for place, leaf in each.items() if "preferences" not in place} for each in (before, after)
+    )
     assert {place for place in before if place not in after} == {
         place for place in before if "engine" in place or place[-2:] == ("sampling", "kind")
     }
     assert {place[-1] for place in after if place not in before and place[-2] != "waived_gates"} <= LOOSER
     changed = {place for place, value in after.items() if place in before and value != before[place]}
     assert {place for place in changed if not is_size(place)} <= {("dpo", "min_margin")}
-    lines = [line for line in path.read_text().splitlines() if line.startswith("# switched for CPU: ")]
-    assert len(lines) == sum(value == "vllm" for value in before.values())
+    lines = [line for line in path.read_text().splitlines() if line.startswith("# switched: ")]
+    assert len(lines) == sum(value == "vllm" for value in before.values()) + 1, "and the tasks of preferences"
     for (_, was), (_, now) in zip(phases(full), phases(small), strict=True):
         assert kinds(was) == kinds(now) and was.recompute == now.recompute and now.ranks <= 8
         layers = before["model", "layers"], after["model", "layers"]
@@ -93,3 +99,24 @@ def test_the_command(tmp_path: Path) -> None:
     assert "103 of 103 stages to run" in plan
     refused = atom(tmp_path, "init", "other", "--miniature", "--ranks", "8", cwd=tmp_path, code=2).stderr
     assert refused.startswith("atom: --miniature sets the ranks")
+
+
+def test_sources_and_benchmarks_come_from_a_local_hub(tmp_path: Path) -> None:
+    """The beginning of a run: every source is pinned and probed, and a stage, whose environment turns downloads off, reads
+    the benchmarks. `make soak PART=miniatures` runs miniatures whole."""
+    path, home = recipe_check.write_miniature("mini", RECIPES[0], tmp_path), tmp_path / "home"
+    text = path.read_text()
+    assert "    - mmlu\n" in text
+    path.write_text(text.replace("    - mmlu\n", ""))  # its 57 tasks take most of the time
+    miniature_hub.write(str(path), tmp_path / "hub")
+    with server.running(tmp_path / "hub") as endpoint:
+        hub: Any = {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "hf")}
+        pinned = json.loads(atom(home, "pin", str(path), "--json", **hub).stdout)
+        atom(home, "run", str(path), "--until", "benchmarks", **hub)
+    probes = {source["name"]: source["probe"] for source in pinned["sources"]}
+    assert len(probes) == 30 and all(probe["kept_documents"] for probe in probes.values()), probes
+    sealed = Artifact.open(next(home.glob("artifacts/benchmarks-*")))
+    sets = {name: len(stated["tasks"]) for name, stated in sealed.json("tasks.json").items()}
+    assert sets == {"arc": 2, "gsm8k": 1, "truthfulqa": 2}
+    texts = dict(benchmarks.texts_of(sealed))
+    assert len(texts) == 2 * 5 and texts["arc/arc_easy/000000"].startswith("Question: ")

@@ -10,6 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from huggingface_hub import constants
 
 from pipeline.core.errors import AtomError, RecipeError
 from pipeline.core.stage import identity
@@ -56,7 +57,7 @@ def commit_rows(hub: Hub, rows: list[dict[str, Any]]) -> str:
     )
 
 
-def test_mathematics(hub: Hub, tmp_path: Path) -> None:
+def test_mathematics(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same rows for the same commit, though the branch has moved; each with its place, and an answer that scores."""
     rows = [*SUMS, {"question": "Unanswered?", "answer": "nobody knows"}, {"question": None, "answer": "#### 1"},
             {"question": "What does <think> mean?", "answer": "#### 1"}]  # fmt: skip
@@ -64,6 +65,8 @@ def test_mathematics(hub: Hub, tmp_path: Path) -> None:
     assert len(list(source(commit, count=50).rows(0, set()))) == len(SUMS)
     tasks = list(source(commit).rows(0, set()))
     assert list(home_folder().glob("hub-slots/*/lease.*")), "reading took a slot"
+    # The environment of a stage turns downloads off.
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     commit_rows(hub, [])
     assert tasks == list(source(commit).rows(0, set())) != list(source(commit).rows(1, set()))
     assert [task["id"] for task in tasks] == [f"sums/1/{n:06d}" for n in range(5)]

@@ -161,12 +161,14 @@ class HubTasks(TaskSource):
 
     def _read(self) -> Iterator[DataRow]:
         """Yields the rows that can be read."""
+        from pipeline.hub.client import online
         from pipeline.hub.limits import Slot
         from stages.data.acquire import hub_files
 
         settings = self.model_dump(include={"repo", "revision", "pattern", "format", "path"})
         name, reader = f"tasks {self.bins()[0]}", Hub(reader="hub", **settings).absolute(Path())
-        locked = hub_files.resolve(name, self.repo, self.revision, self.pattern)
+        with online():
+            locked = hub_files.resolve(name, self.repo, self.revision, self.pattern)
         files = [(file.path, reader.place(file)) for file in locked.rows()]
         with Slot() as slot:
             for file, (_, path) in zip(locked.rows(), files, strict=True):
