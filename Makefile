@@ -68,7 +68,7 @@ lint: $(READY)
 check: lint
 	$(BIN)/python -m pytest -n 2 --dist loadscope tests/unit
 
-# In this order, with the minutes after the start at which each part ended. pip keeps one core busy, so the site is made
+# In this order, with the minutes after the start at which each part ended. An installation keeps one core busy, so the site is made
 # beside the environment of the rest.
 test:
 	@start=$$(date +%s); for part in '--jobs=2 $(READY) site' lint tests; do \
