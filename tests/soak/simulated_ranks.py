@@ -33,11 +33,12 @@ RANKS = (
     ("atom-1b-a300m", "pretrain", 0),
     ("atom-1b-a300m", "longcontext-2", 0),
     ("atom-30b-a3b", "pretrain", 0),
-    ("atom-30b-a3b", "longcontext-1", 0),
+    ("atom-30b-a3b", "pretrain", 128),
+    ("atom-30b-a3b", "longcontext-1", 128),
     ("atom-30b-a3b", "longcontext-2", 0),
     ("atom-235b-a22b", "pretrain", 0),
-    ("atom-235b-a22b", "pretrain", 256),
-    ("atom-235b-a22b", "longcontext-1", 256),
+    ("atom-235b-a22b", "pretrain", 448),
+    ("atom-235b-a22b", "longcontext-1", 448),
     ("atom-235b-a22b", "longcontext-2", 0),
 )
 """One rank of each kind of layout, of a pipeline its first and its last stage: (recipe, phase, rank)."""
