@@ -72,7 +72,7 @@ ONLY_GPU = ("dispatcher", "fusions", "cuda_graphs", "deterministic")
 
 
 def miniature(recipe: Mapping[str, Any], data: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
-    """Returns the miniatures of a recipe and of its data recipe, and what was switched because a CPU lacks it.
+    """Returns the miniatures of a recipe and of its data recipe, and what was switched.
 
     Args:
         recipe: The fields of a recipe without mistakes.
@@ -89,7 +89,7 @@ def miniature(recipe: Mapping[str, Any], data: Mapping[str, Any]) -> tuple[dict[
     for where, phase in _phases(small).items():
         switched += _shrink_phase(where, phase, phases[where], REHEARSED if where in rehearsed else STEPS)
     if preferences := small.get("dpo", {}).get("preferences"):
-        preferences["tasks"] = [PREFERRED]
+        preferences["tasks"] = [dict(PREFERRED)]
         switched.append("dpo.preferences.tasks: instructions, which a policy that has learnt nothing meets at times")
     if "reward_model" in small:
         small["reward_model"]["heldout_fraction"] = HELDOUT

@@ -40,6 +40,11 @@ class Example:
     text: str
     prompt: str
 
+    @property
+    def beginning(self) -> str:
+        """The beginning of the document, prompt included."""
+        return (self.prompt + self.text)[:EXAMPLE_CHARACTERS]
+
 
 @dataclass
 class SourceFacts:
@@ -189,12 +194,15 @@ def _first_documents(dataset: Path) -> Iterator[tuple[str, Example]]:
 
     It is the first training document near the start of the source's table; a source without one is left out.
     """
-    left = {False: EXAMPLES, True: EXAMPLES}
+    shown = Counter[bool]()
     for source, files in layout.kept_files(dataset).items():
         rows = islice(stream_rows(files, ["id", "text", "split", "prompt_chars"], EXAMPLE_ROWS), EXAMPLE_ROWS)
         first = next((row for row in rows if row["split"] == "train" and row["text"]), None)
-        if first is not None and left[(length := first["prompt_chars"]) > 0]:
-            left[length > 0] -= 1
+        if first is None:
+            continue
+        length = first["prompt_chars"]
+        shown[length > 0] += 1
+        if shown[length > 0] <= EXAMPLES:
             prompt, text = first["text"][:length], first["text"][length:]
             yield source, Example(first["id"], text[:EXAMPLE_CHARACTERS], prompt[:EXAMPLE_CHARACTERS])
 

@@ -57,7 +57,7 @@ def read_documents(release: Path, data: DataFacts) -> list[Document]:
     traced = find_documents(ReleaseData.locate(release), ids) if ids else {}
     return [
         Document(id, source, text, tracing.text(traced[id])[:TRACE_CHARACTERS] if id in traced else "")
-        for source, id, text in ((source, each.id, each.prompt + each.text) for source, each in examples.items())
+        for source, id, text in ((source, each.id, each.beginning) for source, each in examples.items())
     ]
 
 

@@ -193,6 +193,8 @@ def _measure(
         task = load_task(manager, name, {"custom_dataset": lambda **_: splits})
         result = evaluate(model, [task], manager, limit)
     stated, samples = result["results"][name], sorted(result["samples"][name], key=lambda sample: sample["doc_id"])
+    if not samples:
+        raise AtomError(f"{name} of {task_set} has no items in its sealed splits; run the stage benchmarks again")
 
     rows: list[ItemResult] = []
     left_out = []

@@ -421,7 +421,7 @@ class Broadcast:
                 if not tensor.is_meta:
                     local_tensors[number] = tensor
             started, failed = self._start_packets(together, local_tensors, groups)
-            failed |= self._end_packets(under_way, groups)
+            failed |= self._end_packets([each for each in under_way if each[0] not in failed], groups)
             under_way = [sending for sending in started if sending[0] not in failed]
             remaining -= self._drop(failed, groups)
         return remaining - self._drop(self._end_packets(under_way, groups), groups)

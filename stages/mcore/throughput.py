@@ -24,7 +24,8 @@ activations do not count.
 
 A step adds the pipeline's bubble of (pp - 1) / vpp micro-batches (Narayanan et al., 2021), the reduction of gradients
 and the gathering of weights as far as the last micro-batch does not hide them, and the optimizer. Muon orthogonalizes
-the matrices of which a rank owns a part; putting one together that is divided counts as hidden. Routing is even.
+the matrices of which a rank owns a part, and sums up those that are divided over the ranks that share them, one after
+the other. Routing is even.
 Context-parallel and pipeline traffic are taken as hidden, and packed rows as slow as full ones.
 
 `bench/throughput.py` fits CONSTANTS to published runs, and measures the errors on runs that were left out.
@@ -124,9 +125,13 @@ class Again:
 
 @dataclass(frozen=True)
 class Matrices:
-    """Weight matrices that share ranks. flops: of one iteration of Newton and Schulz on all, and on the largest."""
+    """Weight matrices that share ranks.
+
+    numbers: in all of them. flops: of one iteration of Newton and Schulz on all, and on the largest.
+    """
 
     count: int = 0
+    numbers: int = 0
     flops: float = 0.0
     largest: float = 0.0
 
@@ -135,7 +140,8 @@ class Matrices:
         short, long = sorted(shape)
         # As stages/mcore/muon.py computes it. Queries, keys and values count as one matrix.
         flops = 4.0 * short**2 * long + 2.0 * short**3
-        return Matrices(self.count + count, self.flops + count * flops, max(self.largest, flops))
+        numbers = self.numbers + count * short * long
+        return Matrices(self.count + count, numbers, self.flops + count * flops, max(self.largest, flops))
 
 
 @dataclass(frozen=True)
@@ -392,13 +398,40 @@ def _update(shape: Shape, gpu: Accelerator, run: StepSetup, c: Constants) -> tup
     # for the norm, and zeroed
     owned = (2 * (MASTER + run.states) + run.gradient + 2) * (dense / dense_ranks + experts / expert_ranks)
     optimizer = (owned + 2 * run.gradient * (dense + experts)) / gpu.memory
-    for matrices, ranks in ((shape.dense_matrices, dense_ranks), (shape.expert_matrices, expert_ranks * layout.ep)):
-        # Tensor ranks each orthogonalize the whole matrix, and no rank that owns a part of one less than it.
-        ranks *= layout.pp
-        flops = max(matrices.flops / ranks, matrices.largest)
-        kernels = 3 * max(matrices.count / ranks, min(1, matrices.count))
-        optimizer += run.orthogonalized * (flops / (gpu.peaks["bf16"] * c.bf16) + c.launch * kernels)
+    if run.orthogonalized:
+        places = (
+            (shape.dense_matrices, layout.pp, dense_ranks, layout.tp, layout.tp),
+            (shape.expert_matrices, layout.pp * layout.ep, expert_ranks, split, layout.split_experts),
+        )
+        optimizer += sum(_orthogonalization(gpu, run, c, *place) for place in places)
     return reduction / c.link, optimizer
+
+
+def _orthogonalization(
+    gpu: Accelerator, run: StepSetup, c: Constants, matrices: Matrices, split: int, ranks: int, stride: int, parts: int
+) -> float:
+    """Seconds of Muon for matrices of which each of `split` ranks has others.
+
+    Args:
+        gpu: The figures of a GPU.
+        run: The step.
+        c: The constants.
+        matrices: All of them.
+        split: The stages of the pipeline, times the ranks of experts.
+        ranks: The ranks that share a matrix by slices, which lie `stride` apart.
+        stride: Their distance.
+        parts: The tensor ranks that have parts of a matrix.
+    """
+    if not matrices.count:
+        return 0.0
+    here = matrices.count / split
+    # A rank that owns a part of a matrix orthogonalizes the whole, as each tensor rank does.
+    owned, flops = max(here / ranks, 1.0), max(matrices.flops / split / ranks, matrices.largest)
+    products = run.orthogonalized * (flops / (gpu.peaks["bf16"] * c.bf16) + 3 * c.launch * owned)
+    # One matrix lies across each border between slices. Its parts are summed up: scattered and gathered, in bf16.
+    size, divided = 2 * matrices.numbers / matrices.count, min(here, ranks - 1)
+    sums = 2 * (divided * collective(gpu, size / parts, ranks, stride) + owned * collective(gpu, size, parts, 1))
+    return products + sums / c.link
 
 
 def collective(gpu: Accelerator, size: float, ranks: int, stride: int) -> float:

@@ -17,7 +17,7 @@ HOURS = 1.4
 
 
 @at_length("miniatures", 3600)
-@pytest.mark.timeout(3600 * 2)
+@pytest.mark.timeout(3600 * 3)
 @pytest.mark.parametrize("name", ["atom-1b-a300m", "atom-30b-a3b", "atom-235b-a22b"])
 def test_a_miniature_runs_to_its_release(name: str, tmp_path: Path) -> None:
     home = tmp_path / "home"

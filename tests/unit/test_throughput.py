@@ -208,10 +208,13 @@ def test_muon_orthogonalizes_what_a_rank_owns() -> None:
     rate, launch = 989e12 * CONSTANTS.bf16, 3 * CONSTANTS.launch
     alone = 48 * ((qkv + output + 128 * of_expert) / rate + (2 + 128 * 2) * launch)
     assert seconds() == pytest.approx(5 * alone, rel=1e-6)
-    # Every rank has its share of the experts. The other matrices are fewer than the ranks, so a rank has at least one.
+    # Every rank has its share of the experts. The other matrices are fewer than the ranks, so a rank has at least one,
+    # and all of them are divided; of experts, those across the 63 borders between 64 ranks.
     many = seconds(ranks=512, ep=8)
     experts = 48 * 128 * (of_expert / rate + 2 * launch) / 512
-    assert many == pytest.approx(5 * (experts + qkv / rate + launch), rel=1e-6)
+    dense_bytes, expert_bytes = 2 * 2048 * (5120 + 4096) / 2, 2 * 2048 * (1536 + 768) / 2
+    sums = 96 * collective(H100, dense_bytes, 512, 1) + 63 * collective(H100, expert_bytes, 64, 8)
+    assert many == pytest.approx(5 * (experts + qkv / rate + launch) + 2 * sums / CONSTANTS.link, rel=1e-6)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -1,7 +1,7 @@
 """The chunks of a source: an index from their numbers to places in documents, and the streams in which they are read.
 
 A document longer than a row is cut into chunks, numbered through a source in the order of its parts and documents. One
-with a prompt, a turn of a conversation, has its first chunk alone, since later targets would lose their question. The
+with a prompt, such as a turn of a conversation, has its first chunk alone: later targets would have lost it. The
 index is made from the table of documents alone, one file for each part of a source. Its batches of documents are mapped
 one at a time, so that memory grows neither with the documents nor with the chunks.
 

@@ -74,8 +74,8 @@ def run(config: OrderConfig, inputs: Inputs, work: Path, out: Path, report: Repo
         report.note(f"{name}: {facts['rows']} rows, {facts['documents_seen']} documents, {facts['epochs']:.2f} epochs")
         if count := order.indexes[name].cut_documents:
             report.note(
-                f"{name}: {count} documents with a prompt are longer than a row; what is beyond it has lost its "
-                "prompt, and is left out"
+                f"{name}: {count} documents with a prompt are longer than a row; what is beyond it is left out, and "
+                "all of those whose prompt fills it"
             )
         long = facts.get("long", {})
         if long.get("missing_tokens"):

@@ -28,7 +28,7 @@ GROUP = "group"
 # The store's entry with the number of the server's workers, which they set; 0 if they refuse or are given up.
 WORKERS = "workers"
 # Bytes of the tensors, of all ranks together, that are started at once, unless one is larger. The next ones are started
-# before these have ended, so twice as many are in memory.
+# before these have ended and been loaded, so up to three times as many are in memory.
 PACKET_BYTES = 256_000_000
 # Bytes to which tensors are aligned in a packet, so that each can be viewed as its own type.
 ALIGNMENT = 16

@@ -107,13 +107,20 @@ def blocks_of(answer: str, bare_after_words: bool = False) -> list[str]:
 
 
 def shown_value(text: str) -> str | None:
-    """Returns what the first line of a text that asserts an equality has on its right side, if it is a constant."""
+    """Returns the value that passes the first assert of a text which compares a call with a constant, or asserts it."""
     for line in text.splitlines():
         if line.startswith("assert "):
             try:
                 test = ast.parse(line).body[0]
-                if isinstance(test, ast.Assert) and isinstance(test.test, ast.Compare):
-                    return repr(ast.literal_eval(test.test.comparators[-1]))
+                match test:
+                    case ast.Assert(test=ast.Compare(left=ast.Call(), ops=[ast.Eq()], comparators=[value])):
+                        return repr(ast.literal_eval(value))
+                    case ast.Assert(test=ast.Compare(left=value, ops=[ast.Eq()], comparators=[ast.Call()])):
+                        return repr(ast.literal_eval(value))
+                    case ast.Assert(test=ast.Call()):
+                        return "True"
+                    case ast.Assert(test=ast.UnaryOp(op=ast.Not(), operand=ast.Call())):
+                        return "False"
             except (SyntaxError, ValueError, RecursionError, MemoryError):
                 continue
     return None

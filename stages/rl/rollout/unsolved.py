@@ -63,7 +63,7 @@ def unsolved_answers(row: Row, frequent: Sequence[str], others: Sequence[str]) -
         others: Right answers of the bin, of which those to other questions are wrong here.
     """
     verifier, gold, text = verifier_class(str(row["verifier"])), right_answer(row), question(row).strip()
-    correct = verifier.correct_answer(row) or text
+    correct = verifier.correct_answer(row)
     families = {
         CONSTANT: {repr(constant): constant for constant in CONSTANTS},
         FREQUENT: {f"the frequent answer {answer[:40]!r}": answer for answer in frequent},
@@ -77,8 +77,9 @@ def unsolved_answers(row: Row, frequent: Sequence[str], others: Sequence[str]) -
     for family, answers in families.items():
         for name, answer in answers.items():
             yield Unsolved(family, name, Response.parse(answer, finished=True))
-    cut = {"the right answer, cut off": correct, "a word without end": "Wait, " * 100,
-           "reasoning without end": "<think>\n" + "Wait, " * 100}  # fmt: skip
+    cut = {"a word without end": "Wait, " * 100, "reasoning without end": "<think>\n" + "Wait, " * 100}
+    if correct is not None:
+        cut["the right answer, cut off"] = correct
     for name, answer in cut.items():
         yield Unsolved(UNFINISHED, name, Response.parse(answer, finished=False))
 
@@ -117,10 +118,12 @@ def _several(gold: str, wrong: Sequence[str]) -> dict[str, str]:
     return answers
 
 
-def _thinking(right: str) -> dict[str, str]:
-    """Returns texts with reasoning and no answer, each by its description."""
-    return {
-        "empty reasoning": "<think></think>",
+def _thinking(right: str | None) -> dict[str, str]:
+    """Returns texts with reasoning and no answer, each by its description; with the right one if it is known."""
+    empty = {"empty reasoning": "<think></think>"}
+    if right is None:
+        return empty
+    return empty | {
         "the right answer in the reasoning alone": f"<think>\n{right}\n</think>\n",
         "the right answer in reasoning without an end": f"<think>\n{right}",
         "the right answer before reasoning without an end": f"{right}\n<think>\n",
