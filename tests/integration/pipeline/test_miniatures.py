@@ -17,7 +17,7 @@ from stages.miniature import CAPS
 from stages.models.parallel_layout import Layout
 from stages.tasks import benchmarks
 from tests.fixtures import ROOT, miniature_hub
-from tests.fixtures.run_fixtures import atom
+from tests.fixtures.run_fixtures import at_length, atom
 
 RECIPES = ("atom-1b-a300m", "atom-30b-a3b", "atom-235b-a22b")
 # Sizes and places in time; everything else of a recipe stays as it is.
@@ -101,6 +101,7 @@ def test_the_command(tmp_path: Path) -> None:
     assert refused.startswith("atom: --miniature sets the ranks")
 
 
+@at_length("miniatures", 60)
 def test_sources_and_benchmarks_come_from_a_local_hub(tmp_path: Path) -> None:
     """The beginning of a run: every source is pinned and probed, and a stage, whose environment turns downloads off, reads
     the benchmarks. `make soak PART=miniatures` runs miniatures whole."""

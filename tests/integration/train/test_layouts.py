@@ -227,6 +227,7 @@ def test_stages_of_unequally_many_layers_train_like_one_process(corpus: Path, tm
         layout_fixtures.agree(steps, one, TOLERANCE, name)
 
 
+@at_length("training", 30)
 def test_a_work_checkpoint_goes_on_with_other_layers_on_a_stage(corpus: Path, tmp_path: Path) -> None:
     """Stages of three and two layers, then of one and four, then one process, as if undisturbed."""
 

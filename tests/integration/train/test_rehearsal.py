@@ -30,7 +30,7 @@ from stages.train.rehearsal_trainer import Rehearsal
 from tests.fixtures import train_fixtures
 from tests.fixtures.recipe_fixtures import write
 from tests.fixtures.release_fixtures import opened
-from tests.fixtures.run_fixtures import DATA, atom, copy_sealed
+from tests.fixtures.run_fixtures import DATA, at_length, atom, copy_sealed
 from tests.fixtures.train_fixtures import Reporter
 
 STEPS = 16
@@ -257,6 +257,7 @@ def test_the_plan_lists_the_rehearsals_of_costly_phases(tmp_path: Path) -> None:
     assert keys == {name: row["key"] for name, row in plans.items() if not name.startswith("rehearsal-")}
 
 
+@at_length("training", 60)
 def test_the_release_has_the_rehearsals(smoke_home: Path, tmp_path: Path) -> None:
     home, folder = tmp_path / "home", tmp_path / "home/releases/atom-smoke-0.1.0"
     shutil.copytree(smoke_home, home)  # with the logs, which a release holds
