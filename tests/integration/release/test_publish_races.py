@@ -31,7 +31,7 @@ from tests.fixtures.run_fixtures import SOAK, at_length
 PUBLISH = """
 from dataclasses import asdict
 import release.hub.publish as p
-if sys.argv[2] == "unverified": p.verify = lambda *a, **k: verify(*a, **k) if k else type("V", (), {"require": lambda self: None})()
+if sys.argv[2] == "unverified": p.verify = lambda *a, **k: verify(*a, **k) if k else type("V", (), {"require": lambda self: None, "digest": ""})()
 try: print(json.dumps(asdict(publish(release, "local", public=sys.argv[3] == "public"))))
 except AtomError as error:
     print(f"atom: {error}", file=sys.stderr)
