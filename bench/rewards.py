@@ -141,16 +141,16 @@ def measure(sources: dict[str, TaskSource], count: int) -> dict[str, ProbedBin]:
 
 def cell(bins: list[ProbedBin], family: str) -> str:
     """Returns the best mean reward of a family, bold if it is too much in its bin; nothing if it has no answer."""
-    found = [
+    pairs = [
         (answer["reward"]["value"], each["chance"])
         for each in bins
         for answer in each["answers"]
         if answer["family"] == family
     ]
-    if not found:
+    if not pairs:
         return ""
-    mark = "**" if any(value > chance + MARGIN for value, chance in found) else ""
-    return f"{mark}{max(found)[0]:.2f}{mark}"
+    mark = "**" if any(value > chance + MARGIN for value, chance in pairs) else ""
+    return f"{mark}{max(pairs)[0]:.2f}{mark}"
 
 
 def table(probed: dict[str, ProbedBin]) -> str:

@@ -22,7 +22,7 @@ from pipeline.core.stage import Config, Inputs, operational
 from pipeline.graph.recipe import explain
 from stages.generation.protocols import ToolCall
 from stages.scorers import answer_of
-from stages.tasks import Row
+from stages.tasks import Row, right_answer
 
 
 @dataclass(frozen=True)
@@ -130,8 +130,7 @@ class Verifier(ABC):
     @staticmethod
     def correct_answer(row: Row) -> str | None:
         """Returns a right answer to the row, in the form of a model's answer; None if the row does not tell one."""
-        gold = row.get("expected_answer", row.get("answer"))
-        return None if gold is None else str(gold)
+        return right_answer(row)
 
     @abstractmethod
     def score(self, answers: Sequence[Answer]) -> list[Parts]:

@@ -28,6 +28,12 @@ def bin_of(row: Row) -> str:
     return f"{row['kind']}/{row['level']}"
 
 
+def right_answer(row: Row) -> str | None:
+    """Returns the right answer that a row states, if any."""
+    gold = row.get("expected_answer", row.get("answer"))
+    return None if gold is None else str(gold)
+
+
 def question(row: Row) -> str:
     """Returns the user's question: the content of the last message."""
     return str(row["responses_create_params"]["input"][-1]["content"])

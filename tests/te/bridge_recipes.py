@@ -127,8 +127,8 @@ def ours(name: str) -> Settings:
 def values(kind: str, config: Any) -> Settings:
     """The fields of a config that are plain values."""
     plain = (bool, int, float, str, type(None), list, tuple, dict, torch.dtype)
-    found = {f"{kind}.{field.name}": getattr(config, field.name) for field in dataclasses.fields(config)}
-    return {name: json.loads(json.dumps(x, default=str)) for name, x in found.items() if isinstance(x, plain)}
+    settings = {f"{kind}.{field.name}": getattr(config, field.name) for field in dataclasses.fields(config)}
+    return {name: json.loads(json.dumps(x, default=str)) for name, x in settings.items() if isinstance(x, plain)}
 
 
 def differences(a: Settings, b: Settings) -> dict[str, tuple[Any, Any]]:

@@ -75,9 +75,11 @@ def test_every_difference_is_explained(tmp_path: Path) -> None:
         )
         assert codes == [0], logs[0][-3000:]
         settings[kind] = json.loads(out.read_text())
-    found = {pair: differences(settings["theirs"][pair], settings["ours"][source[0]]) for pair, source in PAIRS.items()}
+    differing = {
+        pair: differences(settings["theirs"][pair], settings["ours"][source[0]]) for pair, source in PAIRS.items()
+    }
     compared = settings["theirs"]["30B, H100"].keys() & settings["ours"]["atom-30b-a3b"].keys()
     assert len(compared) == 401, "as docs/gpu.md says"
-    unexplained = {pair: {k: v for k, v in fields.items() if k not in EXPLAINED} for pair, fields in found.items()}
+    unexplained = {pair: {k: v for k, v in fields.items() if k not in EXPLAINED} for pair, fields in differing.items()}
     assert not any(unexplained.values()), unexplained
-    assert set().union(*found.values()) == EXPLAINED, "these do not differ any more"
+    assert set().union(*differing.values()) == EXPLAINED, "these do not differ any more"

@@ -180,8 +180,9 @@ class CodeVerifier(Verifier):
         if (shown := shown_value(question(row))) is not None:
             programs[SHOWN] = f"{head}return {shown}\n"
         blocks = [f"```python\n{head}return {value}\n```" for value in CONSTANT_VALUES]
-        return {"pass": "pass", **programs, "a block for each constant": "\n".join(blocks),
-                "a check of its own": f"{head}pass\ncheck = lambda candidate: True\nassert True\n"}  # fmt: skip
+        programs["a block for each constant"] = "\n".join(blocks)
+        programs["a check of its own"] = f"{head}pass\ncheck = lambda candidate: True\nassert True\n"
+        return {"pass": "pass", **programs}
 
     def score(self, answers: Sequence[Answer]) -> list[Parts]:
         """Returns the parts of each answer's reward.

@@ -48,8 +48,8 @@ from stages.rl.protocols import (
     obstacle,
 )
 from stages.rl.rollout.generation import Verifiers
-from stages.rl.rollout.unsolved import ALTERNATIVES, right_answer, unsolved_answers
-from stages.tasks import Row, bin_of, question
+from stages.rl.rollout.unsolved import ALTERNATIVES, unsolved_answers
+from stages.tasks import Row, bin_of, question, right_answer
 from stages.tasks.benchmarks import texts_of as item_texts
 from stages.tasks.eval_set import chat_rows, texts_of
 

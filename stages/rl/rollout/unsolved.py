@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from stages.rl.protocols import Response, verifier_class
-from stages.tasks import Row, question
+from stages.tasks import Row, question, right_answer
 
 CONSTANT, FREQUENT, ECHO, SEVERAL = "constant", "frequent", "echo", "several"
 THINKING, UNFINISHED, LANGUAGE, MARKER, FORM = "thinking", "unfinished", "language", "marker", "form"
@@ -82,12 +82,6 @@ def unsolved_answers(row: Row, frequent: Sequence[str], others: Sequence[str]) -
         cut["the right answer, cut off"] = correct
     for name, answer in cut.items():
         yield Unsolved(UNFINISHED, name, Response.parse(answer, finished=False))
-
-
-def right_answer(row: Row) -> str | None:
-    """Returns the right answer that a row states, if any."""
-    gold = row.get("expected_answer", row.get("answer"))
-    return None if gold is None else str(gold)
 
 
 def _several(gold: str, wrong: Sequence[str]) -> dict[str, str]:

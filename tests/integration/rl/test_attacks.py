@@ -15,8 +15,8 @@ from stages.rl.protocols import Answer, Parts, Response, make_verifier
 from stages.rl.rewards.pooled_verifier import PooledVerifier, Reply
 from stages.rl.rollout.task_sources.procedural_tasks import reasoning_gym_rows
 from stages.rl.rollout.tasks import probe, require_solving
-from stages.rl.rollout.unsolved import FAMILIES, right_answer
-from stages.tasks import Row, question, to_row
+from stages.rl.rollout.unsolved import FAMILIES
+from stages.tasks import Row, question, right_answer, to_row
 from tests.fixtures.sandbox_fixtures import NEEDS_BUBBLEWRAP
 
 # Tasks of a bin.
@@ -60,9 +60,9 @@ def test_every_family_finds_a_hole_of_its_own() -> None:
     for family, hole in HOLES.items():
         rows = notes if family == "form" else ROWS
         probed = probe(rows, pays(hole), 0)
-        found = [answer for answer in probed["answers"] if answer["reward"]["value"] > probed["chance"] + 0.5]
-        assert family in {answer["family"] for answer in found}, (family, probed)
-        assert all(answer["reward"]["n"] == len(ROWS) - 16 for answer in found), "on other tasks than it was chosen by"
+        best = [answer for answer in probed["answers"] if answer["reward"]["value"] > probed["chance"] + 0.5]
+        assert family in {answer["family"] for answer in best}, (family, probed)
+        assert all(answer["reward"]["n"] == len(ROWS) - 16 for answer in best), "on other tasks than it was chosen by"
         with pytest.raises(AtomError, match="which solves nothing, earns a mean reward of 1.000"):
             require_solving(family, probed)
         require_solving(family, probe(rows, pays(lambda row, response: False), 0))
