@@ -322,6 +322,10 @@ class Needs:
     environment: Mapping[str, str] = field(default_factory=dict)
 
 
+# What Megatron imports of torch, and what it takes to load an exported model.
+TORCH = ("torch", "torch.distributed._tensor", "torch.distributed.checkpoint")
+TRANSFORMERS = (*TORCH, "transformers.modeling_utils", "transformers.models.auto.modeling_auto")
+
 # The guarantee for two attempts at one key: equal bytes, in one environment on CPU; or equal values within a tolerance.
 Promise = Literal["bitwise", "numeric"]
 
@@ -416,6 +420,8 @@ class Stage(Generic[C]):
         gpus: The GPUs that a rank of a stage that does not train needs on its node, as for a server that it starts.
         environment: Variables that libraries read when they start to use a GPU, and that a launcher must therefore set
             before Python starts; one that the profile or the user has set takes precedence.
+        libraries: Installed modules that its processes import and that take seconds. A launcher on one machine without
+            GPUs imports them once for several stages.
         time: The time of a training phase on GPUs; None: there is no model of it.
         alternatives: The config itself, and then in each layout that fits so many bytes of a GPU, fastest first by that
             model; None: there is no search.
@@ -442,6 +448,7 @@ class Stage(Generic[C]):
     trains: bool = False
     gpus: Callable[[C], int] = lambda config: 0
     environment: Callable[[C], Mapping[str, str]] = lambda config: {}
+    libraries: Sequence[str] = ()
     time: Callable[[C, Accelerator], TrainingTime] | None = None
     alternatives: Callable[[C, Accelerator, float], Iterator[Alternative[C]]] | None = None
     simulate: Callable[[C, int], RankSimulation] | None = None

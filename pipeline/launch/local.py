@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-import shlex
 import signal
 import sys
 import time
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from pipeline.graph.run import Run
 from pipeline.launch import clean_environment, preflight
 from pipeline.launch.attempt import Task
 from pipeline.launch.cluster_profile import Profile
+from pipeline.launch.job_starter import Controller, JobStarter
 from pipeline.launch.rendezvous import (
     announce,
     has_no_end,
@@ -36,8 +38,6 @@ from pipeline.launch.rendezvous import (
 from pipeline.launch.worker import work
 
 POLL = 0.2
-# submitit's executor needs a time limit, and stages on this machine have none.
-FOREVER_MINUTES = 60 * 24 * 365
 # Seconds that the ranks of an ended launch get to end by themselves.
 LAST_SECONDS = 4.0
 PROCESS_GONE = "its process is gone, perhaps killed for memory; see its log, and run the same command to go on"
@@ -97,6 +97,26 @@ def require_inputs(graph: Graph, store: Store, selected: list[str], other_python
                 )
 
 
+class _Executor(submitit.LocalExecutor):  # type: ignore[misc]  # submitit has no types
+    """submitit's executor, with another way to start a job.
+
+    Args:
+        folder: submitit's folder of the job.
+        start: Starts so many ranks with these variables.
+    """
+
+    def __init__(self, folder: Path, start: Callable[[Path, Mapping[str, str], int], Controller]) -> None:
+        super().__init__(folder)
+        self.start = start
+
+    def _submit_command(self, command: str) -> Any:
+        ranks = self.parameters["tasks_per_node"]
+        variables = {"SUBMITIT_EXECUTOR": "local", "SUBMITIT_LOCAL_NTASKS": str(ranks)}
+        variables |= {"SUBMITIT_LOCAL_NODEID": "0", "SUBMITIT_LOCAL_JOB_NUM_NODES": "1"}
+        process = self.start(self.folder, variables, ranks)
+        return self.job_class(self.folder, str(process.pid), tasks=list(range(ranks)), process=process)
+
+
 @dataclass
 class RunningJob:
     """A submitted job and the tail of its events."""
@@ -137,6 +157,7 @@ class LocalLauncher:
     profile: Profile
     display: Display
     running: dict[str, RunningJob] = field(default_factory=dict)
+    starters: dict[tuple[str, ...], JobStarter] = field(default_factory=dict)
 
     def go(self) -> None:
         """Runs to the end. Raises AtomError with the first failure; KeyboardInterrupt after a clean stop."""
@@ -164,6 +185,9 @@ class LocalLauncher:
         except KeyboardInterrupt:
             self._stop()
             raise
+        finally:
+            for starter in self.starters.values():
+                starter.close()
         if failures:
             name, failure = next(iter(failures.items()))
             raise of_kind(failure, f"stage {name} failed: {failure.text} (log: atom logs {name})")
@@ -209,17 +233,10 @@ class LocalLauncher:
 
     def _submit(self, node: Node) -> RunningJob:
         folder, number = self.run.node_folder(node.name), node.stage.ranks(node.config)
-        gpus = visible_gpus()
         watts_per_core = self.profile.power.watts_per_core
         task = Task.of(self.graph, self.store, self.run, node, watts_per_core=watts_per_core, ranks=number)
-        # `env` becomes the stage's process, without denied variables
-        options = [word for name in clean_environment.denied_names(os.environ) for word in ("-u", name)]
-        options.append(f"ATOM_HOME={self.store.home}")
-        environment = node.stage.needs(node.config).environment
-        options += [f"{name}={value}" for name, value in environment.items() if name not in os.environ]
-        executor = submitit.LocalExecutor(folder / "submitit", python=shlex.join(["env", *options, sys.executable]))
-        executor.update_parameters(timeout_min=FOREVER_MINUTES, stderr_to_stdout=True, tasks_per_node=number)
-        executor.update_parameters(gpus_per_node=min(number, len(gpus)), visible_gpus=gpus)  # else it hides all GPUs
+        executor = _Executor(folder / "submitit", partial(self._start, node))
+        executor.update_parameters(tasks_per_node=number)
         # A Ctrl-C of the terminal goes to the whole process group. The job's controller never sees it (so that it waits
         # for the stage to stop); the stage itself unblocks it, see worker.stop_signals. This process gets it
         # afterwards.
@@ -233,6 +250,25 @@ class LocalLauncher:
             signal.pthread_sigmask(signal.SIG_SETMASK, previous_mask)
         self.display.started(node.name, str(job.paths.stdout), number)
         return RunningJob(node, job, tail, number)
+
+    def _start(self, node: Node, folder: Path, variables: Mapping[str, str], ranks: int) -> Controller:
+        """Starts the ranks of a stage, with its variables and without denied ones."""
+        needed = {k: v for k, v in node.stage.needs(node.config).environment.items() if k not in os.environ}
+        needed["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, visible_gpus()[:ranks]))
+        options = [word for name in clean_environment.denied_names(os.environ) for word in ("-u", name)]
+        options.append(f"ATOM_HOME={self.store.home}")
+        if needed["CUDA_VISIBLE_DEVICES"]:
+            # Libraries may read variables of a GPU when they are imported, so this process is for the stage alone.
+            options += [f"{name}={value}" for name, value in needed.items()]
+            starter = JobStarter(["env", *options, sys.executable], ())
+            try:
+                return starter.start(folder, variables, ranks)
+            finally:
+                starter.close()
+        # A process for each set of libraries, so that the memory of a stage counts those that it needs.
+        libraries = tuple(node.stage.libraries)
+        starter = self.starters.setdefault(libraries, JobStarter(["env", *options, sys.executable], libraries))
+        return starter.start(folder, {**variables, **needed}, ranks)
 
     def _poll(self, job: RunningJob) -> str | Failure | None:
         """Returns the job's outcome, or None while it runs."""

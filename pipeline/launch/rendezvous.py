@@ -42,6 +42,7 @@ from pipeline.core import atomic_files, json_files, lease
 from pipeline.core.environment import node_name
 from pipeline.core.errors import Failure, Kind, MachineError, PeerLost
 from pipeline.core.json_files import Damaged
+from pipeline.launch.job_starter import RANK_NAME
 
 # Seconds without a new message of rank 0 after which the other ranks give up.
 RENDEZVOUS_SECONDS = 600.0
@@ -454,12 +455,12 @@ def living_ranks(controller: int) -> dict[int, int]:
     pids = {}
     for path in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError):  # it has ended meanwhile
-            # The name of the program stands in parentheses, and may itself contain spaces and parentheses.
-            state, parent = path.read_bytes().rpartition(b")")[2].split()[:2]
-            if int(parent) == controller and state not in b"ZX":
-                environment = (path.parent / "environ").read_bytes()
-                if match := re.search(rb"(?:^|\0)SUBMITIT_LOCAL_GLOBALID=([0-9]+)", environment):
-                    pids[int(match[1])] = int(path.parent.name)
+            # The name of the process stands in parentheses, and may itself contain spaces and parentheses.
+            head, _, tail = path.read_bytes().rpartition(b")")
+            state, parent = tail.split()[:2]
+            place = re.search(rb"[(]" + RANK_NAME + rb"([0-9]+)$", head)
+            if place and int(parent) == controller and state not in b"ZX":
+                pids[int(place[1])] = int(path.parent.name)
     return pids
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, Generic, TypeVar
 
 from pipeline.core.bounds import Range
-from pipeline.core.stage import Config, Estimate, Report, operational
+from pipeline.core.stage import TRANSFORMERS, Config, Estimate, Report, operational
 from pipeline.core.store import once
 from stages.generation import vllm_server
 from stages.generation.engine import Engine, engine_field
@@ -241,6 +241,7 @@ def of_engine(models: int = 1) -> dict[str, Any]:
         "shards": lambda config: shards(config.expected, models, config.engine),
         "gpus": lambda config: config.engine.gpus,
         "environment": lambda config: config.engine.environment,
+        "libraries": TRANSFORMERS,
         "promise": lambda config: config.engine.promise,
         "lack": lambda config: config.engine.lack,
     }

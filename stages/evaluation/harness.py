@@ -100,7 +100,7 @@ def _load(config: HarnessConfig, inputs: Inputs, work: Path) -> Any:
         return served_model(config.engine, inputs["model"] / "model", work)
     # One thread and deterministic kernels, so that the results repeat bit for bit.
     torch.set_num_threads(1)
-    torch.use_deterministic_algorithms(True)
+    torch.set_deterministic_debug_mode("error")
     return language_model(inputs["model"] / "model")
 
 

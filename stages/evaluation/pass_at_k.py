@@ -221,7 +221,7 @@ class ChatModel:
 
         # One thread and deterministic kernels, so that the answers repeat bit for bit.
         torch.set_num_threads(1)
-        torch.use_deterministic_algorithms(True)
+        torch.set_deterministic_debug_mode("error")
         self.chat = generation.Chat(folder)
         self.sampler = open_sampler(config.engine, folder, self.chat.stops, config.max_new_tokens, work)
         self.verifiers = generation.Verifiers(make_verifiers(rows, inputs, self.chat, {}), note)

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NotRequired, TypedDic
 
 from pipeline.core.bounds import Context, Flag, Range, Seed
 from pipeline.core.errors import AtomError
-from pipeline.core.stage import Config, Estimate, Inputs, Published, Report, Stage, added
+from pipeline.core.stage import TRANSFORMERS, Config, Estimate, Inputs, Published, Report, Stage, added
 from pipeline.core.store import Artifact
 from stages.export import SLICE_BYTES, WHOLE_BYTES, parity_lengths
 from stages.formats.tokenizer import CONFIG_FILE, PAD, STOPS, TOKENIZER_FILES
@@ -308,4 +308,5 @@ STAGE = Stage(
     estimate=estimate,
     obstacle=lambda config: config.model.export_obstacle(),
     environment=lambda config: variables(),
+    libraries=TRANSFORMERS,
 )

@@ -29,9 +29,10 @@ class TransformersModel(LanguageModel):
 
     @classmethod
     def load(cls, folder: Path, tokenizer: Any) -> Self:
-        # One thread and deterministic kernels: sums have one order, and results repeat bit for bit.
+        # One thread and deterministic kernels: sums have one order, and results repeat bit for bit. This call sets what
+        # `use_deterministic_algorithms` sets, which also imports torch's compiler, for a second.
         torch.set_num_threads(1)
-        torch.use_deterministic_algorithms(True)
+        torch.set_deterministic_debug_mode("error")
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
         return cls(model, tokenizer)
 

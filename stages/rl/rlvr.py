@@ -14,7 +14,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pipeline.core.stage import Estimate, Inputs, RankSimulation, Report, Stage
+from pipeline.core.stage import TRANSFORMERS, Estimate, Inputs, RankSimulation, Report, Stage
 from stages.generation.samplers import serve, takes_servers
 from stages.mcore.gpu_environment import variables
 from stages.rl import estimates
@@ -65,6 +65,7 @@ def training_functions() -> dict[str, Any]:
         "ranks": lambda config: config.phase.parallelism.ranks,
         "trains": True,
         "environment": lambda config: variables(config.phase.parallelism),
+        "libraries": TRANSFORMERS,
         "simulate": simulate,
         "time": estimates.update_time,
     }

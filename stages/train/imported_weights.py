@@ -23,7 +23,7 @@ import yaml
 from pipeline.core.bounds import License, Line, LongLine, Words, spdx
 from pipeline.core.environment import machine_paths
 from pipeline.core.errors import AtomError, CheckFailed, RecipeError
-from pipeline.core.stage import Config, Estimate, Inputs, Report, Stage, operational
+from pipeline.core.stage import TORCH, Config, Estimate, Inputs, Report, Stage, operational
 from pipeline.core.store import home_folder, sha256_file
 from pipeline.core.text import escaped, printable, shown
 from stages.formats.table import write_json
@@ -358,4 +358,4 @@ def _pull_statement(repo: str, revision: str, target: Path) -> None:
             api().hf_hub_download(repo, path, repo_type="model", revision=commit, local_dir=target)
 
 
-STAGE = Stage("import", VERSION, ImportConfig, run, estimate=estimate)
+STAGE = Stage("import", VERSION, ImportConfig, run, estimate=estimate, libraries=TORCH)

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import Field
 
 from pipeline.core.bounds import Steps, Words
-from pipeline.core.stage import Config, Estimate, Inputs, Report, Stage
+from pipeline.core.stage import TORCH, Config, Estimate, Inputs, Report, Stage
 from stages.formats.table import write_json
 from stages.models.base import PositiveInt
 from stages.models.registry import Model
@@ -111,4 +111,4 @@ def estimate(config: MergeConfig) -> Estimate:
     )
 
 
-STAGE = Stage(NAME, VERSION, MergeConfig, run, estimate=estimate)
+STAGE = Stage(NAME, VERSION, MergeConfig, run, estimate=estimate, libraries=TORCH)

@@ -17,7 +17,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from pipeline.core.stage import Inputs, RankSimulation, Report, Stage
+from pipeline.core.stage import TORCH, Inputs, RankSimulation, Report, Stage
 from stages.mcore.gpu_environment import variables
 from stages.train.config import SftConfig, TrainConfig
 from stages.train.estimate import estimate, training_time
@@ -59,6 +59,7 @@ STAGE = Stage(
     ranks=lambda c: c.phase.parallelism.ranks,
     trains=True,
     environment=lambda c: variables(c.phase.parallelism),
+    libraries=TORCH,
     simulate=simulate,
 )
 MIDTRAIN = replace(STAGE, name="midtrain", version=8)

@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from pipeline.core.stage import Accelerator, Estimate, Inputs, Report, Stage, TrainingTime
+from pipeline.core.stage import TORCH, Accelerator, Estimate, Inputs, Report, Stage, TrainingTime
 from stages.mcore.gpu_environment import variables
 from stages.train.config import TrainConfig
 from stages.train.estimate import checkpoint_size, estimate, training_time
@@ -69,4 +69,5 @@ STAGE = Stage(
     ranks=lambda c: c.phase.parallelism.ranks,
     trains=True,
     environment=lambda c: variables(c.phase.parallelism),
+    libraries=TORCH,
 )

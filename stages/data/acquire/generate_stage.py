@@ -174,7 +174,7 @@ class Generator:
 
         # The order of additions, and so the bits of a text, depends on the number of threads.
         torch.set_num_threads(1)
-        torch.use_deterministic_algorithms(True)
+        torch.set_deterministic_debug_mode("error")
         folder, self.reader = Path(reader.path), reader
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)

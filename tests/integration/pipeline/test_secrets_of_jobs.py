@@ -108,9 +108,11 @@ def test_what_setup_or_an_image_sets_is_dropped_unless_the_profile_names_it(tmp_
     assert PLANTED not in block and PLANTED.replace("-", "") not in block and "OF_IMAGE" not in block
 
 
-def test_a_stage_here_has_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And it has from its start the variables that it needs, unless the user has set others."""
-    for name, value in {**SECRETS, "NCCL_SOCKET_IFNAME": "lo", "NCCL_ALGO": "Tree"}.items():
+@pytest.mark.parametrize("gpus", ["", "0"])
+def test_a_stage_here_has_none(gpus: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And it has the variables that it needs, on GPUs from its start, unless the user has set others."""
+    variables = {"NCCL_SOCKET_IFNAME": "lo", "NCCL_ALGO": "Tree", "CUDA_VISIBLE_DEVICES": gpus}
+    for name, value in (SECRETS | variables).items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("PYTHONPATH", verdict_fixtures.python_path(tmp_path))
     store, graph = Store(tmp_path / "home"), verdict_fixtures.graph(tmp_path / "act", "environment", ranks=1)
@@ -123,4 +125,5 @@ def test_a_stage_here_has_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         environ = (tmp_path / "act" / f"{role}.environ").read_bytes()
         assert PLANTED.encode() not in environ and PLANTED.replace("-", "").encode() not in environ, environ
         assert b"NCCL_SOCKET_IFNAME=lo" in environ and b"PATH=" in environ
-        assert b"CUDA_DEVICE_MAX_CONNECTIONS=1" in environ and b"NCCL_ALGO=Tree" in environ
+        assert f"CUDA_VISIBLE_DEVICES={gpus}\0".encode() in environ and b"NCCL_ALGO=Tree" in environ
+        assert (b"CUDA_DEVICE_MAX_CONNECTIONS=1" in environ) == (bool(gpus) or role == "child")

@@ -234,7 +234,7 @@ def test_a_launcher_gives_a_stage_the_variables_of_its_gpu(smoke_data: Path, tmp
     """The stage's process sees the emulated device, which refuses a variable that comes later."""
     (tmp_path / "sitecustomize.py").write_text(
         "import sys\n"
-        "if 'submitit.core._submit' in sys.orig_argv:\n"
+        "if 'pipeline.launch.job_starter' in sys.orig_argv:\n"
         "    from tests.fixtures import emulated_gpu\n"
         "    emulated_gpu.install()\n"
         "    emulated = emulated_gpu.emulated()\n"
@@ -242,7 +242,8 @@ def test_a_launcher_gives_a_stage_the_variables_of_its_gpu(smoke_data: Path, tmp
     )
     run_fixtures.copy_sealed(smoke_data, tmp_path / "home", "*")
     path = f"{tmp_path}{os.pathsep}{ROOT}"
-    run_fixtures.atom(tmp_path / "home", "run", "atom-smoke", "--until", "pretrain", timeout=900, PYTHONPATH=path)
+    words, variables = ("run", "atom-smoke", "--until", "pretrain"), {"PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": "0"}
+    run_fixtures.atom(tmp_path / "home", *words, timeout=900, **variables)
     store = Store(tmp_path / "home")
     (key,) = (folder.name for folder in store.artifacts.glob("pretrain-*"))
     ((_, statement),) = provenance.read(store.ledger, key)
