@@ -33,7 +33,7 @@ from stages.evaluation.settings import (
 from stages.export.nodes import export_node, reward_node, variant_nodes
 from stages.miniature import miniature
 from stages.recipe import ReleaseRecipe
-from stages.rl.nodes import PostTraining, offline_nodes, online_nodes, trained_models
+from stages.rl.nodes import PostTraining, distillation_nodes, offline_nodes, online_nodes, trained_models
 from stages.train import nodes, smaller_model
 from stages.train.imported_weights import StartFrom, dtype_of, require_dtype
 from stages.train.imported_weights import start_from_section as start_from
@@ -45,6 +45,7 @@ from stages.train.nodes import (
     phase_nodes,
     published_dtype,
     size_nodes,
+    student_node,
 )
 from stages.train.rehearsal import is_unrehearsed, with_rehearsals
 
@@ -86,6 +87,7 @@ STAGES = {
     "tasks": "stages.rl.rollout.tasks",
     "rlvr": "stages.rl.rlvr",
     "dpo": "stages.rl.dpo",
+    "distillation": "stages.rl.distillation",
     "reward": "stages.rl.reward_model",
     "export": "stages.export.hf",
     "text-items": "stages.evaluation.text_items",
@@ -178,11 +180,24 @@ def compose(recipe: Recipe, store: Store, without_data: bool = False) -> Graph:
         specs += chat_nodes(measured, chat_models, specs)
     specs += harness_nodes(measured, benchmarks)
     final = list(models.values())[-1]
+    student: ExportedModel | None = None
+    if distillation := config.distillation:
+        assert config.pretrain and config.sft  # `problems` refuses distillation without them
+        number = distillation.size - 1
+        tuning, tuned = student_node(
+            config.sizes[number], number, config.model, config.pretrain, config.sft, distillation.sft_optimizer,
+            vocabulary, training_seed,
+        )  # fmt: skip
+        student = ExportedModel("distillation", "distillation", None, tuned, twin=True)
+        teacher = final.trained.model
+        smaller.append(tuning)
+        smaller += distillation_nodes(post_training, distillation, tuned.model, tuning.name, final.node, teacher)
+        smaller.append(export_node(student, True, vocabulary, evaluation.parity_tolerance, training_seed))
     repositories = {name: f"{config.release.namespace}/{config.name}-{name}" for name in models}
     if start and not config.pretrain:
         repositories["base"] = start.repo
     evaluated_final = heldout_config(measured, final)
-    specs += variant_nodes(models, repositories, config.release.variants, evaluated_final, recipe.title)
+    specs += variant_nodes(models, repositories, config.release.variants, evaluated_final, recipe.title, student)
     # Last, so that smaller models fill what the others leave of a cluster.
     specs += smaller
     if evaluation.stop_at_gates:
@@ -263,12 +278,32 @@ def problems(recipe: Recipe) -> Iterator[str]:
     yield from smaller_model.problems(
         config.sizes, config.model, config.pretrain, vocabulary, config.start_from is None
     )
+    yield from _problems_of_distillation(config)
     if config.sft and config.sft.lora and (config.rlvr or config.dpo):
         later = "rlvr" if config.rlvr else "dpo"
         yield (
             f"sft.lora trains an adapter, and {later} would train the weights that it leaves as they are; leave out "
             f"{later}, or sft.lora"
         )
+
+
+def _problems_of_distillation(config: ReleaseRecipe) -> Iterator[str]:
+    """A student or a teacher that the recipe does not have."""
+    section = config.distillation
+    if section is None:
+        return
+    if section.size > len(config.sizes):
+        yield (
+            f"distillation.size = {section.size} names a smaller model, and sizes has {len(config.sizes)}; add it "
+            "there, or name another"
+        )
+    if config.sft is None:
+        yield "distillation begins with a student that was fine-tuned on the rows of sft; add the section sft"
+    elif config.sft.lora or config.sft.continue_from:
+        name, reason = "lora", "trains an adapter, and a teacher is a whole model"
+        if config.sft.continue_from:
+            name, reason = "continue_from", "leaves out rows that the student of distillation needs from the first on"
+        yield f"sft.{name} {reason}; leave out distillation, or sft.{name}"
 
 
 def _problems_of_mixes(config: ReleaseRecipe, data: DataRecipe) -> Iterator[str]:
