@@ -322,9 +322,9 @@ class RlPhase(SampledPhase):
 class Distillation(RlPhase):
     """On-policy distillation: a smaller model answers, and the final model of the recipe corrects each of its tokens.
 
-    The student is a smaller model of `sizes` after supervised fine-tuning on the rows of `sft`. The advantage of a token
-    is the teacher's log-probability less the student's, so the loss is the reverse KL divergence of each token. The
-    rewards of verifiers are recorded, and train nothing: `algorithm` gives the loss of a token and the mean over them.
+    The student is a smaller model of `sizes` after supervised fine-tuning on the rows of `sft`. The advantage of a
+    token is the teacher's log-probability less the student's, so the loss is the reverse KL divergence of each token.
+    The rewards of verifiers are recorded, and train nothing. `algorithm` gives the loss of a token and the mean.
     """
 
     size: Annotated[int, Range(1, 16)] = 1

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pipeline.core.stage import Estimate, Inputs, Report, Stage
-from stages.rl import estimates, rlvr
+from pipeline.core.stage import Inputs, Report, Stage
+from stages.rl import rlvr
 from stages.rl.config import DistillationConfig
 
 VERSION = 1
@@ -32,8 +32,4 @@ def run(config: DistillationConfig, inputs: Inputs, work: Path, out: Path, repor
     train(DistillationTrainer, config.name, config, inputs, work, out, report)
 
 
-def estimate(config: DistillationConfig) -> Estimate:
-    return rlvr.estimate(config)
-
-
-STAGE = Stage("distillation", VERSION, DistillationConfig, run, estimate=estimate, **rlvr.sampling_functions())
+STAGE = Stage("distillation", VERSION, DistillationConfig, run, estimate=rlvr.estimate, **rlvr.sampling_functions())

@@ -158,7 +158,8 @@ class SizeConfig(TrainConfig):
 def run(config: TrainConfig, inputs: Inputs, work: Path, out: Path, report: Report) -> None:
     """Trains a smaller model on the order of pre-training, or a student on that of supervised fine-tuning.
 
-    inputs["tokens"], inputs["order"], inputs["init"], `work` and `out` are as there. Raises what stages.train.trainer.train raises.
+    inputs["tokens"], inputs["order"], inputs["init"], `work` and `out` are as there. Raises what
+    stages.train.trainer.train raises.
     """
     from stages.train.text_trainer import TextTrainer
     from stages.train.trainer import train

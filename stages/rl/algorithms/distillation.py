@@ -1,7 +1,7 @@
 """On-policy distillation: the policy learns from a teacher's log-probabilities of the tokens that it drew.
 
-The answers of a step are drawn and stored as in reinforcement learning. Then the teacher, another model in the layout of
-the student, reads them once. A replay reads the answers too, and computes the teacher's log-probabilities again.
+The answers of a step are drawn and stored as in reinforcement learning. Then the teacher, another model in the layout
+of the student, reads them once. A replay reads the answers too, and computes the teacher's log-probabilities again.
 """
 
 from __future__ import annotations
