@@ -3,16 +3,16 @@
     .venv/bin/python bench/distillation.py --home runs/distillation    # seeds 0, 1, 2; what is measured already is read
     .venv/bin/python bench/distillation.py --quick                     # one seed, few steps: its figures mean nothing
 
-A teacher is fine-tuned from initial weights on conversations that sort digits, seven of ten with worked steps, and then
-trained by RLVR: it is the final model. A student with a third of its parameters is fine-tuned on the same conversations
-and goes on in three ways, which train on the same number of tokens, step by step:
+A teacher is fine-tuned from initial weights on conversations that sort digits, seven of ten with worked steps, and
+then trained by RLVR: it is the final model. A student with a third of its parameters is fine-tuned on the same
+conversations, and goes on in three ways, which train on equally many tokens, step by step:
 
 - **on policy**: on-policy distillation (stage `distillation`) on the training problems;
 - **answers**: fine-tuning on the teacher's answers to these problems, drawn at temperature 1;
 - **sft**: fine-tuning on more of the conversations.
 
-Each has its own learning rate, chosen among RATES on the seed CHOICE, which no figure is of. Each model answers held-out
-problems at temperature 1 with the same seeds; `gap` is the mean over tokens of these answers of the student's
+Each has a learning rate of its own, chosen among RATES on the seed CHOICE, of which no figure is. Models answer
+held-out problems at temperature 1 with the same seeds; `gap` is the mean over tokens of these answers of the student's
 log-probability less the teacher's. The last line is one JSON object: `ratio` is 1 plus the share of right results on
 policy less that of `sft`, with its 95 % interval over seeds (Student's, paired).
 """
@@ -27,6 +27,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
@@ -82,7 +83,7 @@ TEACHER = dict(architecture="qwen3", layers=2, hidden_size=64, heads=4, kv_heads
                context_length=128, tie_embeddings=True, init_std=0.08)  # fmt: skip
 FULL = Size(
     {**TEACHER, "hidden_size": 32, "heads": 2, "kv_heads": 1, "intermediate_size": 64}, TEACHER, vocab=512, level=3,
-    tuning=(500, 200), rows=48, rlvr=30, steps=60, prompts=32, generations=4, new=40, items=400,
+    tuning=(500, 800), rows=48, rlvr=30, steps=60, prompts=32, generations=4, new=40, items=400,
 )  # fmt: skip
 QUICK = replace(FULL, tuning=(4, 4), rows=8, rlvr=1, steps=2, prompts=2, generations=2, items=4)
 
@@ -228,7 +229,7 @@ def run_seed(size: Size, seed: int, rates: Mapping[str, Sequence[float]], home: 
         result: dict[str, Any] = {"seed": seed, "teacher": figures, "arms": {}}
         start: Any = None
         tokens: list[int] = []
-        for arm, rate in ((arm, rate) for arm in ARMS for rate in rates[arm]):
+        for arm, rate in [(name, each) for name in ARMS for each in rates[name]]:
             with trainer_of(DistillationTrainer, size, seed, rate, inputs, folder / f"{arm} {rate}") as trainer:
                 trainer.load_base()
                 if start is None:
@@ -243,7 +244,7 @@ def run_seed(size: Size, seed: int, rates: Mapping[str, Sequence[float]], home: 
                         trainer.train_step(step)
                         ends.append(trainer.tokens)
                     # Every arm trains on the tokens of the first rate's answers.
-                    tokens = tokens or [end - begin for begin, end in zip(ends, ends[1:], strict=False)]
+                    tokens = tokens or [end - begin for begin, end in pairwise(ends)]
                 elif arm == "answers":
                     train_on(trainer, rate, tokens, (answers[n % len(answers)] for n in range(10**9)))
                 else:
@@ -261,8 +262,10 @@ def run_seed(size: Size, seed: int, rates: Mapping[str, Sequence[float]], home: 
 def main() -> None:
     parser = small_policies.argument_parser(__doc__ or "")
     parser.add_argument("--home", type=Path, help="folder of the figures of finished seeds; by default a temporary one")
+    parser.add_argument("--tuning", type=int, default=FULL.tuning[1], help="steps of the student's fine-tuning")
     arguments = parser.parse_args()
-    size, seeds = (QUICK, 1) if arguments.quick else (FULL, arguments.seeds)
+    full = replace(FULL, tuning=(FULL.tuning[0], arguments.tuning))
+    size, seeds = (QUICK, 1) if arguments.quick else (full, arguments.seeds)
     prepare_process()
     with TemporaryDirectory() as place:
         home = arguments.home or Path(place)
@@ -282,9 +285,10 @@ def main() -> None:
         pairs = zip(rows["on policy"], rows[other], strict=True)
         mean, low, high = interval([a["right"] - b["right"] for a, b in pairs])
         print(f"on policy less {other}: {mean:+.3f} [{low:+.3f}, {high:+.3f}]")
-    mean, low, high = interval([a["right"] - b["right"] for a, b in zip(last["on policy"], last["sft"], strict=True)])
-    line = {"name": "distillation", "ratio": 1 + mean, "low": 1 + low, "high": 1 + high, "target": 1.0,
-            "unit": "right results on policy less sft, plus 1", "machine": platform.processor() or platform.machine()}  # fmt: skip
+    pairs = zip(rows["on policy"], rows["sft"], strict=True)
+    mean, low, high = interval([a["right"] - b["right"] for a, b in pairs])
+    line = {"name": "distillation", "ratio": 1 + mean, "low": 1 + low, "high": 1 + high, "target": 1.0}
+    line |= {"unit": "right results on policy less sft, plus 1", "machine": platform.processor() or platform.machine()}
     print(json.dumps(line | {"rates": rates, "seeds": results}))
 
 

@@ -52,7 +52,7 @@ def retrain(source: Source, phase: str, first: int, last: int, folder: Path, pro
     checkpoint = train(plan, inputs, folder, progress)
     # After training, as for the statements, because training adds packages to the path.
     differences, fingerprint = compare_environments(plan)
-    checkpoints = {}
+    checkpoints: dict[str, str] = {}
     for place in (plan.start, *plan.checkpoints.values()):
         checkpoints |= checkpoint_files(source, place)
     tokens = inputs.get("tokens")

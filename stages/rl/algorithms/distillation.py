@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -51,3 +52,7 @@ class DistillationTrainer(GrpoTrainer):
     def _batches(self, step: int, groups: Sequence[Sequence[Example]]) -> dict[int, RankBatch]:
         batches = super()._batches(step, groups)
         return {number: with_logprobs(self.teacher, batch, "teacher") for number, batch in batches.items()}
+
+    def write_outputs(self, out: Path) -> dict[str, Any]:
+        gaps = [line["teacher_gap"] for line in self.log.lines() if "teacher_gap" in line]
+        return super().write_outputs(out) | {"teacher_gap": {"first": gaps[0], "last": gaps[-1]}}
