@@ -289,7 +289,7 @@ def main() -> None:
     mean, low, high = interval([a["right"] - b["right"] for a, b in pairs])
     line = {"name": "distillation", "ratio": 1 + mean, "low": 1 + low, "high": 1 + high, "target": 1.0}
     line |= {"unit": "right results on policy less sft, plus 1", "machine": platform.processor() or platform.machine()}
-    print(json.dumps(line | {"rates": rates, "seeds": results}))
+    print(json.dumps(line))
 
 
 if __name__ == "__main__":

@@ -167,6 +167,22 @@ def compose(recipe: Recipe, store: Store, without_data: bool = False) -> Graph:
 
     # Exports and what is measured of them.
     models = {name: ExportedModel(name, node, step, trained[node]) for name, (node, step) in config.exported.items()}
+    final = list(models.values())[-1]
+    student: ExportedModel | None = None
+    if distillation := config.distillation:
+        assert config.pretrain and config.sft  # `problems` refuses distillation without them
+        number = distillation.size - 1
+        tuning, tuned = student_node(
+            config.sizes[number], number, config.model, config.pretrain, config.sft, distillation.sft_optimizer,
+            vocabulary, training_seed,
+        )  # fmt: skip
+        student = ExportedModel("distillation", "distillation", None, tuned, twin=True)
+        tasks, *taught = distillation_nodes(
+            post_training, distillation, tuned.model, tuning.name, final.node, final.trained.model
+        )
+        # Among the first nodes, so that the tasks are searched for evaluation items.
+        specs.append(tasks)
+        smaller += [tuning, *taught, export_node(student, True, vocabulary, evaluation.parity_tolerance, training_seed)]
     chat_models = [name for name in models if name in CHAT_MODELS]
     measured = Measured(evaluation, data, models, vocabulary, seed, recipe.title)
     specs += text_item_nodes(evaluation, config.release.by_reference)
@@ -179,20 +195,6 @@ def compose(recipe: Recipe, store: Store, without_data: bool = False) -> Graph:
     if config.sft:
         specs += chat_nodes(measured, chat_models, specs)
     specs += harness_nodes(measured, benchmarks)
-    final = list(models.values())[-1]
-    student: ExportedModel | None = None
-    if distillation := config.distillation:
-        assert config.pretrain and config.sft  # `problems` refuses distillation without them
-        number = distillation.size - 1
-        tuning, tuned = student_node(
-            config.sizes[number], number, config.model, config.pretrain, config.sft, distillation.sft_optimizer,
-            vocabulary, training_seed,
-        )  # fmt: skip
-        student = ExportedModel("distillation", "distillation", None, tuned, twin=True)
-        teacher = final.trained.model
-        smaller.append(tuning)
-        smaller += distillation_nodes(post_training, distillation, tuned.model, tuning.name, final.node, teacher)
-        smaller.append(export_node(student, True, vocabulary, evaluation.parity_tolerance, training_seed))
     repositories = {name: f"{config.release.namespace}/{config.name}-{name}" for name in models}
     if start and not config.pretrain:
         repositories["base"] = start.repo

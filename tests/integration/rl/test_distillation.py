@@ -18,7 +18,7 @@ from stages.rl.config import DistillationConfig
 from stages.rl.rollout import rollouts
 from tests.fixtures import layout_fixtures, rl_fixtures, train_fixtures
 from tests.fixtures.rl_fixtures import without_sampler  # noqa: F401 - fixtures
-from tests.fixtures.run_fixtures import SOAK
+from tests.fixtures.run_fixtures import at_length
 
 TEACHER = {**rl_fixtures.MODEL, "init_std": 0.3}
 """A mixture of experts, which is surer of its tokens than its dense student."""
@@ -120,7 +120,7 @@ def test_an_asynchronous_phase_replays_bit_for_bit(
 
 
 @pytest.mark.numeric
-@pytest.mark.skipif(not SOAK, reason="each layout trains for some ten seconds; make soak runs it")
+@at_length("training", 30)
 @pytest.mark.parametrize("layout", [{}, {"tp": 2}, {"pp": 2}], ids=str)
 def test_two_processes_learn_like_one(place: Path, tmp_path: Path, layout: dict[str, int]) -> None:
     one, two = config(steps=2), config(steps=2, parallelism={"ranks": 2, **layout})
