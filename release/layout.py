@@ -99,16 +99,18 @@ CHAT = EXPORTED[EXPORTED.index("sft") :]
 """Phases that train conversation, and the models after them."""
 ORDER = (
     "init", "pretrain", "size", "base", "midtrain", "mid", "longcontext", "long", "sft", "rlvr", "dpo", "reward",
-    "online-rlhf",
+    "online-rlhf", "student", "distillation",
 )  # fmt: skip
 """Kinds of phases and of exported models in one order: a model comes after the phase that made it."""
 MERGE, UNMERGED = "merge-", "unmerged-"
 """The beginnings of two names: of the node that averages checkpoints of a phase, whose weights are published as a
 checkpoint, and of the exported model of that phase's last checkpoint, which is measured and not published."""
-WITHOUT_ORDER = ("rlvr", "dpo", "reward", "online-rlhf")
+WITHOUT_ORDER = ("rlvr", "dpo", "reward", "online-rlhf", "distillation")
 """Phases that sample their training data; only their replayed data has an order."""
 SIZE = "size"
 """The kind of phases that train smaller models of the recipe: size-1, size-2, …"""
+STUDENT = ("student", "distillation")
+"""Phases that fine-tune a smaller model, and distill the final one into it; the variant `distilled` is their result."""
 IMPORT = "import"
 """The node of the published model that training begins with; after it, the recipe may leave out phases."""
 REWARD_EXPORT = "export-reward"
@@ -149,8 +151,11 @@ def sizes_of(nodes: Iterable[str]) -> list[str]:
 
 
 def order_of(phase: str) -> str:
-    """Returns the phase whose order of documents a phase reads: a smaller model reads that of pre-training."""
-    return "pretrain" if numbered(phase)[0] == SIZE else phase
+    """Returns the phase whose order of documents a phase reads.
+
+    A smaller model reads that of pre-training, and a student of distillation that of supervised fine-tuning.
+    """
+    return "pretrain" if numbered(phase)[0] == SIZE else {"student": "sft"}.get(phase, phase)
 
 
 def models_of(nodes: Iterable[str]) -> list[str]:

@@ -33,7 +33,7 @@ from stages.evaluation.settings import (
 from stages.export.nodes import export_node, reward_node, variant_nodes
 from stages.miniature import miniature
 from stages.recipe import ReleaseRecipe
-from stages.rl.nodes import PostTraining, offline_nodes, online_nodes, trained_models
+from stages.rl.nodes import PostTraining, distillation_nodes, offline_nodes, online_nodes, trained_models
 from stages.train import nodes, smaller_model
 from stages.train.imported_weights import StartFrom, dtype_of, require_dtype
 from stages.train.imported_weights import start_from_section as start_from
@@ -45,6 +45,7 @@ from stages.train.nodes import (
     phase_nodes,
     published_dtype,
     size_nodes,
+    student_node,
 )
 from stages.train.rehearsal import is_unrehearsed, with_rehearsals
 
@@ -86,6 +87,7 @@ STAGES = {
     "tasks": "stages.rl.rollout.tasks",
     "rlvr": "stages.rl.rlvr",
     "dpo": "stages.rl.dpo",
+    "distillation": "stages.rl.distillation",
     "reward": "stages.rl.reward_model",
     "export": "stages.export.hf",
     "text-items": "stages.evaluation.text_items",
@@ -165,6 +167,22 @@ def compose(recipe: Recipe, store: Store, without_data: bool = False) -> Graph:
 
     # Exports and what is measured of them.
     models = {name: ExportedModel(name, node, step, trained[node]) for name, (node, step) in config.exported.items()}
+    final = list(models.values())[-1]
+    student: ExportedModel | None = None
+    if distillation := config.distillation:
+        assert config.pretrain and config.sft  # `problems` refuses distillation without them
+        number = distillation.size - 1
+        tuning, tuned = student_node(
+            config.sizes[number], number, config.model, config.pretrain, config.sft, distillation.sft_optimizer,
+            vocabulary, training_seed,
+        )  # fmt: skip
+        student = ExportedModel("distillation", "distillation", None, tuned, twin=True)
+        tasks, *taught = distillation_nodes(
+            post_training, distillation, tuned.model, tuning.name, final.node, final.trained.model
+        )
+        # Among the first nodes, so that the tasks are searched for evaluation items.
+        specs.append(tasks)
+        smaller += [tuning, *taught, export_node(student, True, vocabulary, evaluation.parity_tolerance, training_seed)]
     chat_models = [name for name in models if name in CHAT_MODELS]
     measured = Measured(evaluation, data, models, vocabulary, seed, recipe.title)
     specs += text_item_nodes(evaluation, config.release.by_reference)
@@ -177,12 +195,11 @@ def compose(recipe: Recipe, store: Store, without_data: bool = False) -> Graph:
     if config.sft:
         specs += chat_nodes(measured, chat_models, specs)
     specs += harness_nodes(measured, benchmarks)
-    final = list(models.values())[-1]
     repositories = {name: f"{config.release.namespace}/{config.name}-{name}" for name in models}
     if start and not config.pretrain:
         repositories["base"] = start.repo
     evaluated_final = heldout_config(measured, final)
-    specs += variant_nodes(models, repositories, config.release.variants, evaluated_final, recipe.title)
+    specs += variant_nodes(models, repositories, config.release.variants, evaluated_final, recipe.title, student)
     # Last, so that smaller models fill what the others leave of a cluster.
     specs += smaller
     if evaluation.stop_at_gates:
@@ -263,12 +280,32 @@ def problems(recipe: Recipe) -> Iterator[str]:
     yield from smaller_model.problems(
         config.sizes, config.model, config.pretrain, vocabulary, config.start_from is None
     )
+    yield from _problems_of_distillation(config)
     if config.sft and config.sft.lora and (config.rlvr or config.dpo):
         later = "rlvr" if config.rlvr else "dpo"
         yield (
             f"sft.lora trains an adapter, and {later} would train the weights that it leaves as they are; leave out "
             f"{later}, or sft.lora"
         )
+
+
+def _problems_of_distillation(config: ReleaseRecipe) -> Iterator[str]:
+    """A student or a teacher that the recipe does not have."""
+    section = config.distillation
+    if section is None:
+        return
+    if section.size > len(config.sizes):
+        yield (
+            f"distillation.size = {section.size} names a smaller model, and sizes has {len(config.sizes)}; add it "
+            "there, or name another"
+        )
+    if config.sft is None:
+        yield "distillation begins with a student that was fine-tuned on the rows of sft; add the section sft"
+    elif config.sft.lora or config.sft.continue_from:
+        name, reason = "lora", "trains an adapter, and a teacher is a whole model"
+        if config.sft.continue_from:
+            name, reason = "continue_from", "leaves out rows that the student of distillation needs from the first on"
+        yield f"sft.{name} {reason}; leave out distillation, or sft.{name}"
 
 
 def _problems_of_mixes(config: ReleaseRecipe, data: DataRecipe) -> Iterator[str]:

@@ -126,7 +126,7 @@ def _capped(fields: Mapping[str, Any], scale: int) -> dict[str, Any]:
 def _phases(recipe: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Returns the sections of the phases that train, by where they stand in the recipe."""
     phases = {f"long_context.{number}": phase for number, phase in enumerate(recipe.get("long_context", []))}
-    names = ("pretrain", "midtrain", "sft", "rlvr", "dpo", "reward_model", "online_rlhf")
+    names = ("pretrain", "midtrain", "sft", "rlvr", "dpo", "reward_model", "online_rlhf", "distillation")
     return {name: recipe[name] for name in names if recipe.get(name)} | phases
 
 

@@ -34,7 +34,7 @@ from stages.evaluation.settings import EvaluationSection
 from stages.export.variants.registry import VARIANTS, VariantName
 from stages.formats.tokenizer import TokenizerSection
 from stages.models.registry import Model
-from stages.rl.config import DpoPhase, RewardPhase, RlPhase
+from stages.rl.config import Distillation, DpoPhase, RewardPhase, RlPhase
 from stages.train.config import LongContext, PhaseConfig, SftPhase
 from stages.train.imported_weights import StartFrom
 from stages.train.nodes import TextPhase
@@ -198,6 +198,8 @@ class ReleaseRecipe(Identity):
     """measurements after each phase, and thresholds of the release gates"""
     sizes: Sizes = added(())
     """smaller models of the recipe, pre-trained on the same rows and published beside its model"""
+    distillation: Distillation | None = added(None)
+    """on-policy distillation of the final model into a smaller one of sizes; requires sft; null: none"""
     rehearsal: RehearsalSection = operational(RehearsalSection())
     """rehearsal of costly phases before they begin"""
     supply: SupplySection = operational(SupplySection())
@@ -269,7 +271,7 @@ class ReleaseRecipe(Identity):
 
     def replay_mixes(self) -> dict[str, Mapping[str, float]]:
         """The mixes of earlier data that phases of post-training replay, by their location in the recipe."""
-        phases = {"rlvr": self.rlvr, "online_rlhf": self.online_rlhf}
+        phases = {"rlvr": self.rlvr, "online_rlhf": self.online_rlhf, "distillation": self.distillation}
         return {f"{where}.replay": phase.replay.mix for where, phase in phases.items() if phase and phase.replay}
 
     def asked_tokens(self) -> dict[str, dict[str, float]]:
@@ -278,7 +280,8 @@ class ReleaseRecipe(Identity):
         for phase in self.text_phases:
             tokens, mix = phase.config.tokens(), phase.config.mix
             asked[phase.node] = {source: share * tokens for source, share in mix.items()}
-        for name, section in {"rlvr": self.rlvr, "online-rlhf": self.online_rlhf}.items():
+        sampled = {"rlvr": self.rlvr, "online-rlhf": self.online_rlhf, "distillation": self.distillation}
+        for name, section in sampled.items():
             if section and (replay := section.replay):
                 tokens = section.steps * replay.rows * replay.sequence_length
                 asked[name] = {source: share * tokens for source, share in replay.mix.items()}

@@ -175,8 +175,9 @@ def variant_metadata(suffix: str, release: ReleaseInfo, facts: VariantFacts) -> 
         pipeline_tag="text-generation",
         language=list(release.languages) or None,
         datasets=[data_id(release)],
-        base_model=facts.base or release.repository,
-        base_model_relation="adapter" if facts.base else "quantized",
+        # The Hub knows no relation of a student to its teacher: its weights are not made of the teacher's.
+        base_model=None if facts.is_student else facts.base or release.repository,
+        base_model_relation=None if facts.is_student else "adapter" if facts.base else "quantized",
         tags=[tag for tag in tags if tag],
         **schema.head(),
     )

@@ -20,7 +20,7 @@ from release.checks.check import BuildContext, Findings
 from release.facts.published_tables import read_json
 from release.facts.runtimes import REFERENCE, RUNTIMES, problem_of
 from release.facts.variant_facts import Original, base_of, compute_loss, read_original, read_variant_facts
-from release.layout import BASE, LOSS, MERGE, MODEL, PUBLIC_KEY, RECIPE, SIGNATURE, SUMS, models_of, when
+from release.layout import BASE, LOSS, MERGE, MODEL, PUBLIC_KEY, RECIPE, SIGNATURE, STUDENT, SUMS, models_of, when
 from release.layout import RUNTIMES as FILE
 from release.opened_release import Release
 from release.published_files import ADAPTER
@@ -250,7 +250,7 @@ def _loss(folder: Path, original: Original | None) -> Findings:
 def conversions(release: Release) -> Findings:
     """Checks that the files of each variant are those that the weights of the final model give, byte for byte.
 
-    An adapter on its base in the release must be the final model, up to rounding.
+    An adapter on its base in the release must be the final model, up to rounding, and a student its last checkpoint.
     """
     from stages.export.variants import conversion
 
@@ -260,6 +260,9 @@ def conversions(release: Release) -> Findings:
         variant = facts.loss["variant"]
         if facts.base:
             texts.append(_sum(folder, name, problems))
+            continue
+        if facts.is_student:
+            texts.append(_student(release, name, problems))
             continue
         published = {path.name for path in (folder / name).iterdir() if path.is_file()} - WITH_VARIANT
         with scratch.folder() as place:
@@ -273,6 +276,29 @@ def conversions(release: Release) -> Findings:
                 if sha256_file(written[file]) != release.digest(folder / name / file)
             ]
     return Findings(problems, detail="; ".join(filter(None, texts)) or "holds")
+
+
+def _student(release: Release, name: str, problems: list[str]) -> str:
+    """Returns a sentence on the weights of a student and its last checkpoint, which are equal; problems are added."""
+    import torch
+
+    from stages.export.hf import Rounded
+    from stages.mcore.hf_mapping import to_hf
+    from stages.models.registry import parse
+    from stages.train.checkpoint.release_checkpoint import Tensors
+
+    rows = [row for row in release.checkpoints if row.phase == STUDENT[-1]]
+    if not rows:
+        problems.append(f"{name} has no checkpoint of {STUDENT[-1]}, whose weights it must have")
+        return ""
+    config, stated = read_json(release.root / name / "config.json"), rows[-1].state["config"]["model"]
+    trained = Rounded(Tensors(release.root / "checkpoints" / rows[-1].branch), getattr(torch, config["dtype"]))
+    expected = dict(to_hf(trained, parse(stated), config["vocab_size"]))
+    published = Tensors(release.root / name)
+    problems += [f"{name}: tensor {tensor} is missing or of no checkpoint" for tensor in published.keys() ^ expected]
+    differ = (tensor for tensor in published.keys() & expected if not torch.equal(published[tensor], expected[tensor]))
+    problems += [f"{name}: tensor {tensor} is not that of {rows[-1].branch}" for tensor in sorted(differ)]
+    return f"{len(expected)} tensors of {name} are compared with those of {rows[-1].branch}"
 
 
 def _sum(release: Path, name: str, problems: list[str]) -> str:

@@ -27,7 +27,7 @@ from release.facts.variant_facts import base_of
 from release.layout import GOLDENS, LOSS, MODEL
 from release.repositories import variant_folders
 from stages.export import runtimes as scripts
-from stages.export.variants.registry import VARIANTS, Variant, Writer
+from stages.export.variants.registry import DISTILLED, VARIANTS, Variant, Writer
 
 SECONDS = 3600
 """The limit for one run."""
@@ -167,6 +167,7 @@ def compare_all(release: Path, progress: Callable[[str], None] = lambda text: No
         folder = release / name
         variant = ORIGINAL if name == MODEL else VARIANTS[read_json(folder / LOSS)["variant"]]
         readers = [runtime for runtime, program in RUNTIMES.items() if variant.writer in program.writers]
+        of_sizes = folder if variant is VARIANTS[DISTILLED] else model
         with scratch.folder() as place:
             reference: Expected | None = None
             for runtime in readers:
@@ -174,7 +175,7 @@ def compare_all(release: Path, progress: Callable[[str], None] = lambda text: No
                     stated = f"transformers {version('transformers')}"
                     runs.append(ProgramRun(folder=name, runtime=runtime, status="reference", version=stated))
                     continue
-                if reason := _absence(RUNTIMES[runtime], variant, read_json(model / "config.json")):
+                if reason := _absence(RUNTIMES[runtime], variant, read_json(of_sizes / "config.json")):
                     runs.append(ProgramRun(folder=name, runtime=runtime, status="skipped", reason=reason))
                     continue
                 progress(f"{name} in {runtime}")
@@ -213,7 +214,7 @@ def _reference(model: Path, folder: Path, place: Path, rows: Sequence[Mapping[st
 
         variant = read_json(folder / LOSS)["variant"]
         base = base_of(folder.parent, folder) if VARIANTS[variant].writer == "peft" else None
-        conversion.write_dequantized(variant, model, folder, place, base)
+        conversion.write_dequantized(variant, folder if variant == DISTILLED else model, folder, place, base)
         # The recorded continuations are those of the final model; a variant may give others, so they are drawn again.
         request = [{"text": row["text"], "ids": row["ids"], "draw": len(row["greedy"])} for row in rows]
     read = _run(RUNTIMES[REFERENCE], model if folder == model else place, ORIGINAL, request)["rows"]

@@ -12,7 +12,7 @@ from release.facts.published_tables import read_json, read_rows
 from release.layout import LOSS, VARIANT
 from release.repositories import model_folders
 from stages.evaluation.scores import ModelScores
-from stages.export.variants.registry import VARIANTS, Variant
+from stages.export.variants.registry import DISTILLED, VARIANTS, Variant
 from stages.export.variants.stage import VariantLoss
 from stages.train.imported_weights import NAME as BASE
 
@@ -32,6 +32,11 @@ class VariantFacts:
     loss: VariantLoss
     file: str
     base: str = ""
+
+    @property
+    def is_student(self) -> bool:
+        """True if it is a smaller model, into which the original was distilled."""
+        return self.loss["variant"] == DISTILLED
 
     def figures(self) -> dict[str, float]:
         """Returns the measured figures of the variant, for bills of materials."""

@@ -64,8 +64,9 @@ def variant_nodes(
     names: tuple[variants.VariantName, ...],
     evaluation: Mapping[str, Any],
     title: str,
+    student: ExportedModel | None = None,
 ) -> list[NodeSpec]:
-    """Returns the nodes of the variants of the final model. Adapters are a variant of their own.
+    """Returns the nodes of the variants of the final model. Adapters and students are variants of their own.
 
     Args:
         models: The exported models by name, the final one last.
@@ -73,6 +74,7 @@ def variant_nodes(
         names: The variants that the recipe names.
         evaluation: Settings of the final model's evaluation, which each variant repeats.
         title: Name of the recipe, for errors.
+        student: The smaller model that the final one was distilled into, if there is one.
 
     Raises:
         RecipeError: The model cannot have one of the variants.
@@ -86,6 +88,9 @@ def variant_nodes(
         config = {**evaluation, "variant": variants.ADAPTER, "adapter": source}
         below = {"base": f"export-{base}", "checkpoint": final.node}
         specs.append(NodeSpec(f"variant-{variants.ADAPTER}", "variant", config, inputs | below))
+    if student is not None:
+        config, of_student = {**evaluation, "variant": variants.DISTILLED}, inputs | {"student": student.export_node}
+        specs.append(NodeSpec(f"variant-{variants.DISTILLED}", "variant", config, of_student))
     for name in names:
         if problem := variants.obstacle(name, final.trained.model):
             raise RecipeError(f"{title}: release.variants: {problem}")

@@ -9,6 +9,9 @@ from pydantic import Field, model_validator
 from pipeline.core.bounds import Context, Key, LongLine, Mix, Range, Settings, Steps, Words
 from pipeline.core.stage import Config, Promise, added, operational
 from stages.generation.samplers import SAMPLERS
+from stages.mcore.layout_check import problem
+from stages.mcore.optimizer import Optimizer
+from stages.models.registry import Model
 from stages.rl import protocols as reward_registry
 from stages.rl.algorithms import policy_gradient
 from stages.rl.rollout.tasks import Tasks, kinds_of
@@ -316,6 +319,35 @@ class RlPhase(SampledPhase):
         )
 
 
+class Distillation(RlPhase):
+    """On-policy distillation: a smaller model answers, and the final model of the recipe corrects each of its tokens.
+
+    The student is a smaller model of `sizes` after supervised fine-tuning on the rows of `sft`. The advantage of a
+    token is the teacher's log-probability less the student's, so the loss is the reverse KL divergence of each token.
+    The rewards of verifiers are recorded, and train nothing. `algorithm` gives the loss of a token and the mean.
+    """
+
+    size: Annotated[int, Range(1, 16)] = 1
+    """number of the student in sizes, from 1"""
+    sft_optimizer: Optimizer | None = None
+    """optimizer and schedule of the student's supervised fine-tuning; null: as in sft"""
+    prompts_per_step: Prompts
+    """prompts of one step"""
+    num_generations: Answers
+    """answers per prompt"""
+    max_resample_rounds: Annotated[int, Range(0, 0)] = 0
+    """always 0: every answer is learnt from, and none is drawn again"""
+
+    @model_validator(mode="after")
+    def _weighs_each_token(self) -> Distillation:
+        if policy_gradient.load(self.algorithm).token_loss is policy_gradient.by_answer:
+            raise ValueError(
+                f"algorithm = {self.algorithm} has one ratio for an answer, and the teacher corrects each token by "
+                "itself; use another, such as dapo-centered or cispo"
+            )
+        return self
+
+
 class PromptPool(Config):
     """Tasks from which the prompts of every round are drawn."""
 
@@ -402,10 +434,34 @@ class SampledConfig(TrainerConfig):
 class RlTrainConfig(SampledConfig):
     """Config of a phase of reinforcement learning."""
 
-    name: Literal["rlvr", "online-rlhf"] = "rlvr"
+    name: Literal["rlvr", "online-rlhf", "distillation"] = "rlvr"
     """name of the phase"""
     phase: RlPhase
     """section of the phase"""
+
+
+class DistillationConfig(RlTrainConfig):
+    """Config of on-policy distillation."""
+
+    name: Literal["distillation"] = "distillation"
+    """name of the phase"""
+    phase: Distillation
+    """section of the phase"""
+    teacher: Model
+    """model section of the teacher, with the rotary embedding of its last phase"""
+
+    @model_validator(mode="after")
+    def _teacher_fits(self) -> DistillationConfig:
+        if self.teacher.context_length < self.model.context_length:
+            raise ValueError(
+                f"the teacher reads {self.teacher.context_length} tokens, and its student answers in a context of "
+                f"{self.model.context_length}; shorten that of the student"
+            )
+        phase = self.phase
+        counts, precision = phase.micro_batch_counts, phase.precision
+        if wrong := problem(phase.parallelism, self.teacher, self.padded_vocab_size, counts, phase.packed, precision):
+            raise ValueError(f"{wrong}, as the teacher has the layout of its student")
+        return self
 
 
 class DpoTrainConfig(SampledConfig):

@@ -15,10 +15,11 @@ from pipeline.core.stage import (
     TrainingTime,
 )
 from stages.generation import vllm_server
-from stages.mcore.memory import MASTER, memory_share
+from stages.mcore.memory import MASTER, Activations, memory_share
 from stages.mcore.throughput import UNFITTED_ERRORS, StepSetup, shape_of, step_time
 from stages.models.base import Rows, layers_in_bf16
-from stages.rl.config import DpoTrainConfig, RewardTrainConfig, RlPhase, RlTrainConfig, Sampling
+from stages.models.parallel_layout import Layout
+from stages.rl.config import DistillationConfig, DpoTrainConfig, RewardTrainConfig, RlPhase, RlTrainConfig, Sampling
 from stages.train.config import WORK_CHECKPOINTS
 from stages.train.estimate import checkpoint_size, fullest, layout_label, recomputed_flops
 
@@ -168,12 +169,37 @@ def _update_tokens(config: AnyConfig) -> int:
     return sum(kind.row(kind.count).length for kind in _examples(config))
 
 
-def readings(config: AnyConfig) -> int:
-    """Returns the forward passes before an update, beside its own: of the old and of the reference policy."""
+def readings(config: AnyConfig) -> float:
+    """Returns the forward passes before an update, beside its own: of the old and the reference policy, of the teacher.
+
+    A pass of the teacher counts as its active parameters over those of the student.
+    """
     phase = config.phase
     if not isinstance(phase, RlPhase):
         return 0
-    return [phase.updates > 1, phase.kl_coef is not None].count(True)
+    passes = [phase.updates > 1, phase.kl_coef is not None].count(True)
+    if not isinstance(config, DistillationConfig):
+        return passes
+    teacher, student = (m.parameters(config.padded_vocab_size)["active"] for m in (config.teacher, config.model))
+    return passes + teacher / student
+
+
+def teacher_bytes(config: AnyConfig) -> int:
+    """Returns the bytes on its device of the fullest rank's part of the teacher's weights."""
+    if not isinstance(config, DistillationConfig):
+        return 0
+    layout, width = config.phase.parallelism, 4 if config.phase.precision == "fp32" else 2
+    shares = (memory_share(config.teacher, config.padded_vocab_size, layout, rank) for rank in range(layout.pp))
+    return width * max(share.all for share in shares)
+
+
+def teacher_activations(config: AnyConfig, row: Rows) -> int:
+    """Returns the bytes of a teacher's pass: without gradients, no more than one layer and the logits are kept."""
+    if not isinstance(config, DistillationConfig):
+        return 0
+    tp, one_layer = config.phase.parallelism.tp, config.teacher.model_copy(update={"layers": 1})
+    layout, precision = Layout(ranks=tp, tp=tp), config.phase.precision
+    return round(Activations(one_layer, config.padded_vocab_size, layout, precision, row, 1, 0, frozen=True).peak())
 
 
 def _server_memory(config: AnyConfig, gpus: int) -> tuple[int, int]:
@@ -244,7 +270,9 @@ def estimate(
         cpu_seconds=START_SECONDS + flops / rate,
         tokens=tokens,
         flops=flops,
-        memory_bytes=memory + scorer_bytes(config),
+        memory_bytes=max(memory, states + teacher_activations(config, row))
+        + teacher_bytes(config)
+        + scorer_bytes(config),
         host_bytes=owned + sampler_bytes(config) + reference_bytes(config),
         disk_bytes=checkpoint.all * (releases + work),
         files=work * (2 * layout.ranks + 1 + checkpoint.files) + releases * checkpoint.files,

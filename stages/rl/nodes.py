@@ -1,14 +1,14 @@
-"""The nodes of a recipe's graph that learn from answers: RLVR, DPO, the reward model and online RLHF."""
+"""The nodes of a recipe's graph that learn from answers: RLVR, DPO, the reward model, online RLHF and distillation."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pipeline.graph.dag import NodeSpec
 from stages.models.base import ModelConfig
-from stages.rl.config import DpoPhase, RewardPhase, RlPhase
+from stages.rl.config import Distillation, DpoPhase, RewardPhase, RlPhase
 from stages.train.nodes import TrainedModel, published_dtype, training_config
 
 
@@ -78,6 +78,24 @@ def online_nodes(sections: PostTraining) -> list[NodeSpec]:
     inputs = {"init": "dpo", "reward": "reward", "reward_model": "export-reward"}
     # The stage is that of rlvr; the name tells the two apart in keys and seeds.
     return _phase_nodes(sections, "online-rlhf", "rlvr", online, inputs, online.tasks, {"name": "online-rlhf"})
+
+
+def distillation_nodes(
+    sections: PostTraining, section: Distillation, student: ModelConfig, init: str, teacher: str, model: ModelConfig
+) -> list[NodeSpec]:
+    """Returns the nodes of on-policy distillation.
+
+    Args:
+        sections: What the phases of the recipe's own model share.
+        section: Section of distillation.
+        student: Model of the student.
+        init: Node that fine-tuned the student.
+        teacher: Node that trained the teacher.
+        model: Model of the teacher.
+    """
+    name, start_inputs = "distillation", {"init": init, "teacher": teacher}
+    of_student, settings = replace(sections, model=student), {"name": name, "teacher": model}
+    return _phase_nodes(of_student, name, name, section, start_inputs, section.tasks, settings)
 
 
 def _phase_nodes(

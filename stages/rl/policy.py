@@ -31,6 +31,7 @@ from stages.rl.rollout.rollouts import Rollout
 from stages.tasks import Row
 from stages.tasks.eval_set import chat_rows
 from stages.train.checkpoint import release_checkpoint
+from stages.train.checkpoint.load_checkpoint import Origin
 from stages.train.engine import Engine
 from stages.train.trainer import Trainer
 
@@ -47,22 +48,23 @@ class PostTrainer(Trainer):
     def vocab_size(inputs: Inputs) -> int:
         return Chat(inputs["tokenizer"]).vocab_size
 
-    def load_previous_phase(self) -> None:
-        """Loads the weights of the earlier phase, which must be of the same tokenizer.
+    def last_checkpoint(self, role: str) -> Origin:
+        """Returns the last checkpoint of an input, which must be of the same tokenizer.
 
         Raises:
-            AtomError: The earlier phase was trained on another tokenizer's tokens, which its checkpoint states if the
-                phase read text: neither a policy nor its reference could read this one's.
+            AtomError: It was trained on another tokenizer's tokens, which it states if its phase read text: neither
+                a policy nor its reference or teacher could read this one's.
         """
-        init = self.inputs["init"]
-        last = init / release_checkpoint.name_of(release_checkpoint.steps_of(init.path)[-1])
-        saved = release_checkpoint.load_state(last).get("tokenizer")
+        origin = super().last_checkpoint(role)
+        saved = release_checkpoint.load_state(origin.artifact / origin.subfolder).get("tokenizer")
         if saved and saved != sha256_file(self.inputs["tokenizer"] / "tokenizer.json"):
+            name = origin.artifact.key
+            name = f"policy {name} and reference of the phase" if role == "init" else f"{role} {name}"
             raise AtomError(
-                f"{self.name}: the policy {init.key} and reference of the phase was trained on another tokenizer's "
-                "tokens; begin with one of this recipe's tokenizer"
+                f"{self.name}: the {name} was trained on another tokenizer's tokens; begin with one of this recipe's "
+                "tokenizer"
             )
-        super().load_previous_phase()
+        return origin
 
     @abstractmethod
     def train_step(self, step: int) -> dict[str, Any]:

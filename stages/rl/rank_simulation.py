@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from unittest import mock
 
 import torch
@@ -16,24 +17,30 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from pipeline.core.stage import RankSimulation
 from stages.mcore.simulated_rank import LiveBytes
 from stages.rl.algorithms import grpo, preferences
-from stages.rl.config import DpoPhase, RewardPhase, RlPhase
-from stages.rl.estimates import AnyConfig, Examples, fullest_row, reference_bytes
+from stages.rl.config import DistillationConfig, DpoPhase, RewardPhase, RlPhase
+from stages.rl.estimates import AnyConfig, Examples, fullest_row, reference_bytes, teacher_activations, teacher_bytes
 from stages.rl.rollout.batches import Example, build_rank_batch
 from stages.train.data import RankBatch
-from stages.train.engine import Engine, Objective
+from stages.train.engine import Engine, FrozenModel, Objective
 from stages.train.rank_simulation import Update, simulate_updates
 
 
 def simulate(config: AnyConfig, rank: int) -> RankSimulation:
     """Simulates two updates of a rank, all micro-batches of which are as full as the fullest one."""
     examples, number = fullest_row(config)
-    return simulate_updates(config, rank, examples.row(number), update(config), reference_bytes(config))
+    row = examples.row(number)
+    simulated = simulate_updates(config, rank, row, update(config), reference_bytes(config))
+    # The plan of a rank's own model knows no teacher.
+    teacher, state = teacher_bytes(config), simulated.planned_state_bytes
+    peak = max(simulated.planned_peak_bytes, state + teacher_activations(config, row))
+    return replace(simulated, planned_state_bytes=state + teacher, planned_peak_bytes=peak + teacher)
 
 
 def update(config: AnyConfig) -> Update:
     """Returns the update of a phase, with the passes that come before it."""
     examples, number = fullest_row(config)
     phase, minimize = config.phase, objective(config.phase)
+    teachers: list[FrozenModel] = []
 
     def step(engine: Engine, memory: LiveBytes, micro_batches: int) -> None:
         batch = full_batch(engine, config, examples, number, micro_batches)
@@ -42,6 +49,11 @@ def update(config: AnyConfig) -> Update:
         if isinstance(phase, RlPhase) and phase.kl_coef is not None:
             with _copies_on_host(engine, memory), engine.computing_with(engine.local_weights()):
                 batch = grpo.with_logprobs(engine, batch, "reference")
+        if isinstance(config, DistillationConfig):
+            if not teachers:
+                settings = config.model_copy(update={"model": config.teacher})
+                teachers.append(FrozenModel(settings, engine.ranks, config.padded_vocab_size))
+            batch = grpo.with_logprobs(teachers[0], batch, "teacher")
         # No number matters here: shapes and memory are what is simulated.
         engine.step(batch, 1e-3, lambda loss, norm: None, objective=minimize)
 

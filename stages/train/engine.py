@@ -109,31 +109,12 @@ class Engine:
 
         `vocab_size` is that of the tokenizer; ids beyond it only pad the model's table.
         """
-        self.config, self.ranks, self.layout = config, ranks, ranks.layout
-        self.step_done = 0
-        self._is_stale = False
-        """True if this rank lacks the updated weights of others, which the next step's forward pass gathers."""
+        self._build(config, ranks, vocab_size)
         kind, model = config.phase.precision, config.model
-        # Before the model is built: without the kernels, Transformer Engine fails late and in its own words.
-        if reason := missing_requirement(kind):
-            raise RecipeError(reason)
-        self.model_shapes = model.shapes(config.padded_vocab_size)
+        self.step_done = 0
         self.lora = config.phase.adapter
         self.shapes = self.lora.shapes(self.model_shapes) if self.lora else self.model_shapes
         """Shapes of the tensors that training changes, which checkpoints hold."""
-        if vocab_size > config.padded_vocab_size:
-            raise RecipeError(
-                f"tokenizer.padded_vocab_size = {config.padded_vocab_size} is less than the {vocab_size} tokens of the "
-                "tokenizer; raise it"
-            )
-        self.chunks = build(
-            model,
-            config.padded_vocab_size,
-            self.layout,
-            kind,
-            config.phase.packed,
-            vocab_size,
-        )
         if self.lora:
             if uses_transformer_engine(self.chunks[0].config.params_dtype):
                 raise RecipeError(
@@ -146,12 +127,7 @@ class Engine:
             chunk.z_loss = config.phase.logit_z_loss
         self.routers = RouterWatch(self.chunks, model.routing) if model.routing else None
         megatron = self.chunks[0].config
-        # Float16Module converts the weights, and inputs and outputs at the ends of the pipeline.
-        modules = self.chunks if kind == "fp32" else [Float16Module(megatron, chunk) for chunk in self.chunks]
-        self.buffers = named_buffers(self.chunks)
-        for name, buffer in self.buffers.items():
-            # Biases of experts are fp32 in every precision: a step changes them by less than bf16 can hold.
-            buffer.data = torch.zeros(self.model_shapes[name], dtype=torch.float32, device=buffer.device)
+        modules = self._modules()
         overlap = self.layout.overlap_gradients
         # By default on GPUs only: on a CPU the collective would take the cores of the backward pass.
         if overlap is None:
@@ -191,6 +167,41 @@ class Engine:
         if overlap:  # reduce with the last micro-batch only
             no_sync = [_weak_method(chunk.no_sync) for chunk in self.ddp]
             megatron.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
+
+    def _build(self, config: TrainerConfig, ranks: Ranks, vocab_size: int) -> None:
+        """Builds this rank's part of the model, without weights."""
+        self.config, self.ranks, self.layout = config, ranks, ranks.layout
+        self._is_stale = False
+        """True if this rank lacks the updated weights of others, which the next step's forward pass gathers."""
+        kind = config.phase.precision
+        # Before the model is built: without the kernels, Transformer Engine fails late and in its own words.
+        if reason := missing_requirement(kind):
+            raise RecipeError(reason)
+        self.model_shapes = config.model.shapes(config.padded_vocab_size)
+        if vocab_size > config.padded_vocab_size:
+            raise RecipeError(
+                f"tokenizer.padded_vocab_size = {config.padded_vocab_size} is less than the {vocab_size} tokens of the "
+                "tokenizer; raise it"
+            )
+        self.chunks = build(
+            config.model,
+            config.padded_vocab_size,
+            self.layout,
+            kind,
+            config.phase.packed,
+            vocab_size,
+        )
+
+    def _modules(self) -> list[Any]:
+        """Returns the chunks in the type of the phase, with their buffers in fp32."""
+        # Float16Module converts the weights, and inputs and outputs at the ends of the pipeline.
+        megatron, is_fp32 = self.chunks[0].config, self.config.phase.precision == "fp32"
+        modules = self.chunks if is_fp32 else [Float16Module(megatron, chunk) for chunk in self.chunks]
+        self.buffers = named_buffers(self.chunks)
+        for name, buffer in self.buffers.items():
+            # Biases of experts are fp32 in every precision: a step changes them by less than bf16 can hold.
+            buffer.data = torch.zeros(self.model_shapes[name], dtype=torch.float32, device=buffer.device)
+        return modules
 
     def initialize(self) -> None:
         """The initial weights, which are the same in every layout and fp32 where the optimizer keeps them."""
@@ -496,6 +507,18 @@ class Engine:
                 main = part.optimizer.param_groups[group]["params"][number]
                 pieces.append((Piece(name, boxes(name, self.shapes[name]), span.start, span.end), part, main))
         return pieces
+
+
+class FrozenModel(Engine):
+    """A model that is only read: `load_frozen`, `figures` and `evaluate`. It has neither gradients nor an optimizer."""
+
+    def __init__(self, config: TrainerConfig, ranks: Ranks, vocab_size: int) -> None:
+        """Builds the model, without weights."""
+        self._build(config, ranks, vocab_size)
+        for chunk in self.chunks:
+            chunk.requires_grad_(False)
+        # Without DDP, whose buffers hold gradients.
+        self.ddp = self._modules()
 
 
 def cross_entropy(losses: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:

@@ -8,9 +8,10 @@ from typing import Any, Literal
 
 from pipeline.graph.dag import Checkpoint, NodeSpec
 from stages.mcore.lora import Lora
+from stages.mcore.optimizer import Optimizer
 from stages.models.base import ModelConfig
 from stages.train import merge, smaller_model
-from stages.train.config import PhaseConfig
+from stages.train.config import PhaseConfig, SftPhase
 from stages.train.imported_weights import StartFrom
 
 Dtype = Literal["float32", "bfloat16"]
@@ -64,7 +65,7 @@ class ExportedModel:
     # Step of the phase at which it is exported; None for the last one.
     step: int | None
     trained: TrainedModel
-    # A dense model beside the one with experts. Nothing of it but its scores is published.
+    # A smaller model of `sizes`, of which no model repository is published as of others.
     twin: bool = False
 
     @property
@@ -206,3 +207,38 @@ def size_nodes(
             trained = TrainedModel(smaller, published_dtype(smaller, padded_vocab_size, phase.precision))
             twins.append(ExportedModel(name, name, None, trained, twin=True))
     return specs, twins
+
+
+def student_node(
+    size: smaller_model.SmallerModel,
+    number: int,
+    model: ModelConfig,
+    pretrain: PhaseConfig,
+    sft: SftPhase,
+    optimizer: Optimizer | None,
+    padded_vocab_size: int,
+    seed: int,
+) -> tuple[NodeSpec, TrainedModel]:
+    """Returns the node in which a smaller model is fine-tuned on the rows of `sft` in their order, and its model.
+
+    Args:
+        size: The smaller model.
+        number: Its place in the section `sizes`, from 0.
+        model: The section `model`.
+        pretrain: Section of pre-training.
+        sft: Section of supervised fine-tuning.
+        optimizer: Optimizer of the student; None for that of `sft`.
+        padded_vocab_size: Rows of the embedding matrix.
+        seed: Seed of the recipe.
+    """
+    smaller, _ = size.resolve(model, pretrain)
+    smaller = smaller.with_rope(sft.rope, smaller.context_length)
+    changes: dict[str, Any] = {"release_checkpoint_interval": sft.steps, "parallelism": size.parallelism}
+    changes |= {"release_checkpoint_steps": (), "merge": None, "optimizer_state": "fresh"}
+    changes |= {"optimizer": optimizer} if optimizer else {}
+    fields = {name: value for name, value in sft if name in PhaseConfig.model_fields}
+    training = training_config(smaller, PhaseConfig.model_validate(fields | changes), padded_vocab_size, seed)
+    inputs = {"tokens": "tokenize", "order": "order-sft", "init": smaller_model.node(number)}
+    name = smaller_model.STUDENT
+    trained = TrainedModel(smaller, published_dtype(smaller, padded_vocab_size, sft.precision))
+    return NodeSpec(name, smaller_model.NAME, training | {"name": name}, inputs), trained

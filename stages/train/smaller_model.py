@@ -30,6 +30,8 @@ from stages.train.config import PhaseConfig, TrainConfig
 
 NAME = "size"
 """The stage, and the first part of the names of its nodes: size-1, size-2, …"""
+STUDENT = "student"
+"""The node of a smaller model's supervised fine-tuning, before it is distilled into."""
 VERSION = 2
 TWIN_TOLERANCE = 0.02
 """Largest difference of a twin's training FLOPs from those of the model, as a part of these."""
@@ -149,14 +151,15 @@ def _problems_of_twin(
 class SizeConfig(TrainConfig):
     """Config of the training of a smaller model."""
 
-    name: Annotated[str, Words(20, "name such as size-1", f"{NAME}-[1-9][0-9]?")]
+    name: Annotated[str, Words(20, "name such as size-1", f"{NAME}-[1-9][0-9]?|{STUDENT}")]
     """name of the phase"""
 
 
 def run(config: TrainConfig, inputs: Inputs, work: Path, out: Path, report: Report) -> None:
-    """Trains a smaller model on the order of pre-training.
+    """Trains a smaller model on the order of pre-training, or a student on that of supervised fine-tuning.
 
-    inputs["tokens"], inputs["order"], `work` and `out` are as there. Raises what stages.train.trainer.train raises.
+    inputs["tokens"], inputs["order"], inputs["init"], `work` and `out` are as there. Raises what
+    stages.train.trainer.train raises.
     """
     from stages.train.text_trainer import TextTrainer
     from stages.train.trainer import train

@@ -145,7 +145,7 @@ class TextTrainer(Trainer):
     def load_base(self) -> None:
         if self.phase.adapter is not None:
             # An adapter's checkpoints lack the base, so each start loads it.
-            self.previous_checkpoint().load_frozen(self.engine)
+            self.last_checkpoint("init").load_frozen(self.engine)
 
     def initialize(self) -> int:
         if self.origin is not None:
@@ -153,7 +153,7 @@ class TextTrainer(Trainer):
             self.report.note(f"{self.name}: continues from {self.origin.artifact.key}")
             return self.origin.step
         if self.phase.optimizer_state == "carried":
-            self.previous_checkpoint().load_with_states(self.engine)
+            self.last_checkpoint("init").load_with_states(self.engine)
         elif "init" in self.inputs and self.phase.adapter is None:
             self.load_previous_phase()
         else:

@@ -204,13 +204,13 @@ class Trainer(ABC):
 
     def load_previous_phase(self) -> None:
         """Loads the weights of the last checkpoint of the previous phase (inputs["init"])."""
-        self.previous_checkpoint().load_weights(self.engine)
+        self.last_checkpoint("init").load_weights(self.engine)
 
-    def previous_checkpoint(self) -> Origin:
-        """The last checkpoint of the previous phase."""
-        init = self.inputs["init"]
-        last = release_checkpoint.name_of(release_checkpoint.steps_of(init.path)[-1])
-        return Origin(init, last, self.watchdog.progress)
+    def last_checkpoint(self, role: str) -> Origin:
+        """The last checkpoint of the phase that an input is, such as `init`, the previous phase."""
+        phase = self.inputs[role]
+        last = release_checkpoint.name_of(release_checkpoint.steps_of(phase.path)[-1])
+        return Origin(phase, last, self.watchdog.progress)
 
     def update_check(self, step: int) -> Callable[[float, float | None], str | None]:
         """A check for `Engine.step` that stops the phase when a loss or gradient norm is not finite."""

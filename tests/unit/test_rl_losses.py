@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stages.rl.algorithms import policy_gradient
-from stages.rl.algorithms.losses import dpo_loss, policy_loss
+from stages.rl.algorithms.losses import dpo_loss, policy_loss, teacher_gaps
 from stages.rl.algorithms.policy_gradient import zero_variance
 from tests.fixtures.loss_fixtures import CLOSE, batch, with_gradient
 
@@ -55,6 +55,50 @@ def test_a_pair_by_hand() -> None:
     assert {name: figure.item() for name, figure in figures.items()} == pytest.approx(
         {"pairs": 1, "accuracy": 1, "margin": 1, "chosen": 0.5, "rejected": -0.5}
     )
+
+
+@pytest.mark.parametrize("name", ["dapo-centered", "cispo", "gspo"])
+@pytest.mark.parametrize("off_policy", [False, True])
+def test_a_teacher_gives_the_gradient_of_the_reverse_kl_divergence(name: str, off_policy: bool) -> None:
+    """Exactly, over all answers of two tokens from a vocabulary of five, each by its probability; also if another
+    policy drew them, by importance weights. Of the second token it is the divergence after each first one."""
+    size, make = 5, torch.Generator().manual_seed(3)
+    # The logits of the first token, and of the second after each first one.
+    policy, teacher, drew = (torch.randn(1 + size, size, generator=make, dtype=torch.float64) for _ in range(3))
+    policy.requires_grad_()
+    p, q, mu = (logits.log_softmax(-1) for logits in (policy, teacher, drew if off_policy else policy.detach()))
+    first, second = torch.cartesian_prod(torch.arange(size), torch.arange(size)).unbind(1)
+
+    def of_answers(logprobs: torch.Tensor) -> torch.Tensor:
+        return torch.stack([logprobs[0, first], logprobs[1 + first, second]], 1)
+
+    mask = torch.ones(size**2, 2)
+    gaps = teacher_gaps(of_answers(p), of_answers(q), mask)
+    loss, _ = policy_loss(
+        of_answers(p), of_answers(mu), -gaps, mask, tis_cap=math.inf,
+        token_loss=policy_gradient.load(name).token_loss, clip_low=math.inf, clip_high=math.inf,
+        row_weights=of_answers(mu).exp().prod(1),
+    )  # fmt: skip
+    (gradient,) = torch.autograd.grad(loss, policy, retain_graph=True)
+
+    divergences = (p.exp() * (p - q)).sum(-1)
+    # Discount 0: no token answers for the divergence of later ones, so prefixes weigh as they were drawn.
+    prefixes = torch.cat([torch.ones(1, dtype=torch.float64), mu[0].exp()])
+    (expected,) = torch.autograd.grad((prefixes * divergences).sum(), policy)
+    if name == "gspo":  # one ratio for an answer, so both of its tokens share the sum of their advantages
+        assert not torch.allclose(gradient, expected, rtol=1e-4, atol=1e-5)
+        return
+    torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_teacher_that_is_the_policy_teaches_nothing_and_padding_is_not_read() -> None:
+    logprobs = torch.tensor([[-1.0, -2.0, math.nan]], requires_grad=True)
+    teacher = torch.tensor([[-1.0, -2.5, math.nan]])
+    mask = torch.tensor([[True, True, False]])
+    gaps = teacher_gaps(logprobs, teacher, mask)
+    assert gaps.tolist() == [[0.0, 0.5, 0.0]]  # the second token is too likely
+    policy_loss(logprobs, logprobs.detach(), -gaps, mask)[0].backward()
+    assert logprobs.grad is not None and logprobs.grad.tolist() == [[0.0, 0.5, 0.0]]
 
 
 def test_what_cannot_be_computed_is_refused() -> None:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from stages.rl.config import DpoTrainConfig, RewardTrainConfig, RlTrainConfig
     from stages.train.config import TrainConfig
 
-POST_TRAINING = ("rlvr", "dpo", "reward")
+POST_TRAINING = ("rlvr", "dpo", "reward", "distillation")
 STAGES = ("pretrain", "midtrain", "sft", "size", *POST_TRAINING)
 STATE = re.compile(r"step-([0-9]{1,12})/state\.json")
 """The file of an artifact that every checkpoint in it has."""
@@ -173,26 +173,28 @@ def previous_checkpoint(source: Source, key: str) -> str:
     return source.copy(key, steps[max(steps)]).parent.relative_to(source.folder).as_posix()
 
 
-def answer_inputs(source: Source, files: Mapping[str, str], init: str | None, folder: Path) -> dict[str, Artifact]:
+def answer_inputs(
+    source: Source, files: Mapping[str, str], checkpoints: Mapping[str, str], folder: Path
+) -> dict[str, Artifact]:
     """Returns the inputs of a phase of post-training.
 
     Args:
         source: The release.
         files: {role: path in the release}.
-        init: The folder of the checkpoint of the phase before; None if the replay does not read it.
-        folder: The folder of the replay, which gets a link to that checkpoint in `init`.
+        checkpoints: {role: folder of a checkpoint in the release}, of the phases before that the replay reads.
+        folder: The folder of the replay, which gets a link to each checkpoint in a folder of its role.
     """
     artifacts = {role: Artifact("", "", (source.folder / path).parent, ()) for role, path in files.items()}
-    if init is not None:
-        step = folder / "init" / "step-000000"
+    for role, checkpoint in checkpoints.items():
+        step = folder / role / "step-000000"
         step.parent.mkdir()
-        if init == BASE:
+        if checkpoint == BASE:
             _import(source, step)
         else:
             # A checkpoint may be large, so it is linked and not copied.
-            step.symlink_to(source.folder / init)
+            step.symlink_to(source.folder / checkpoint)
         rows = (FileRow(f"{step.name}/{row.path}", row.size, row.sha256) for row in rows_of(step))
-        artifacts["init"] = Artifact(init, "", step.parent, tuple(rows))
+        artifacts[role] = Artifact(checkpoint, "", step.parent, tuple(rows))
     return artifacts
 
 
@@ -254,6 +256,7 @@ class Plan:
         start: The folder of the checkpoint that the replay begins with.
         start_state: Its state.json; None if the phase begins there, with the weights of the phase before.
         reference: The folder of the checkpoint to whose policy a KL term refers, or on which an adapter is trained.
+        teacher: The folder of the checkpoint from which the phase distills; None of any other phase.
         end_state: The state.json of the checkpoint that the replay is compared with.
         materials: {role: key} of the phase's inputs.
         environment: {name: value} of the environment in which it was trained.
@@ -272,6 +275,7 @@ class Plan:
     start: str
     start_state: Mapping[str, Any] | None
     reference: str | None
+    teacher: str | None
     end_state: Mapping[str, Any]
     materials: Mapping[str, str]
     environment: Mapping[str, str]
@@ -323,10 +327,13 @@ class Plan:
         ranks = max(layout["ranks"] for layout in layouts)
         stage = registry.stage(parameters["stage"])
         config: Any = stage.config.model_validate(parameters["config"])
-        reference = None
+        reference = teacher = None
         if config.phase.adapter or (isinstance(config, RlTrainConfig) and config.phase.kl_coef is not None):
             reference = previous_checkpoint(source, materials["init"])
-            for file in checkpoint_files(source, reference):
+        if "teacher" in materials:
+            teacher = previous_checkpoint(source, materials["teacher"])
+        for checkpoint in filter(None, (reference, teacher)):
+            for file in checkpoint_files(source, checkpoint):
                 source.file(file)
         overrides: dict[str, Any] = {"watchdog_timeout_seconds": WATCHDOG_SECONDS}
         # Nobody resumes a replay, so it needs no checkpoints on the way.
@@ -363,6 +370,7 @@ class Plan:
             start=start,
             start_state=start_state,
             reference=reference,
+            teacher=teacher,
             end_state=end_state,
             materials=materials,
             environment=environment_values(
@@ -385,12 +393,14 @@ class Plan:
         return self.checkpoint(self.phase, self.last)
 
     @property
-    def init(self) -> str | None:
-        """The folder of the checkpoint of the phase before, if the replay reads it.
+    def checkpoints(self) -> dict[str, str]:
+        """{role: folder} of the checkpoints of phases before that the replay reads.
 
-        It does so if it begins with that checkpoint, has a KL term to it or trains an adapter on it.
+        It reads `init`, the one that the phase began with, if it begins there too, has a KL term to it or trains an
+        adapter on it.
         """
-        return self.start if self.start_state is None else self.reference
+        init = self.start if self.start_state is None else self.reference
+        return {role: place for role, place in {"init": init, "teacher": self.teacher}.items() if place is not None}
 
     @property
     def mix(self) -> Mapping[str, float]:

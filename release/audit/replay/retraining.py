@@ -38,7 +38,7 @@ def retrain(source: Source, phase: str, first: int, last: int, folder: Path, pro
     """
     try:
         plan = Plan.read(source, phase, first, last)
-        inputs = answer_inputs(plan.source, plan.files, plan.init, folder)
+        inputs = answer_inputs(plan.source, plan.files, plan.checkpoints, folder)
         if plan.mix:
             progress("tokenizing the kept documents")
             inputs |= {"tokens": tokenize(plan, folder), "order": plan.order()}
@@ -52,7 +52,9 @@ def retrain(source: Source, phase: str, first: int, last: int, folder: Path, pro
     checkpoint = train(plan, inputs, folder, progress)
     # After training, as for the statements, because training adds packages to the path.
     differences, fingerprint = compare_environments(plan)
-    checkpoints = checkpoint_files(source, plan.start) | (checkpoint_files(source, plan.init) if plan.init else {})
+    checkpoints: dict[str, str] = {}
+    for place in (plan.start, *plan.checkpoints.values()):
+        checkpoints |= checkpoint_files(source, place)
     tokens = inputs.get("tokens")
     shards = {f"{tokens.key}/{row.path}": row.sha256 for row in tokens.rows} if tokens else {}
     progress("comparing")

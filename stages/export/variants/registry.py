@@ -14,10 +14,12 @@ from typing import Any, Literal
 from pipeline.core.yaml_text import read_trusted
 from stages.models.base import ModelConfig
 
-VariantName = Literal["bf16", "gguf-f16", "gguf-q8_0", "gguf-q4_0", "fp8", "adapter"]
+VariantName = Literal["bf16", "gguf-f16", "gguf-q8_0", "gguf-q4_0", "fp8", "adapter", "distilled"]
 Writer = Literal["safetensors", "gguf", "compressed-tensors", "peft"]
 ADAPTER: VariantName = "adapter"
 """The variant of a model that is an adapter on an earlier one."""
+DISTILLED: VariantName = "distilled"
+"""The variant that is another model: a smaller one, into which the final model was distilled."""
 GGUF_MODEL_TYPES = ("qwen3", "qwen3_moe")
 """The `model_type` in config.json of models for which llama.cpp's names are known (gguf_file.py)."""
 STACKED = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
@@ -44,6 +46,8 @@ def obstacle(name: VariantName, model: ModelConfig) -> str | None:
     """The reason why a model has no such variant, in one sentence; None if it has."""
     if name == ADAPTER:
         return f"{name} is of a model whose sft has lora, and needs no mention; leave it out"
+    if name == DISTILLED:
+        return f"{name} is of a recipe with the section distillation, and needs no mention; leave it out"
     if VARIANTS[name].writer != "gguf":
         return None
     if model.architecture not in GGUF_MODEL_TYPES:

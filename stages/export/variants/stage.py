@@ -28,7 +28,7 @@ from stages.evaluation.bits_per_byte import heldout_documents, token_ids
 from stages.evaluation.estimates import Piece, compute, compute_shard
 from stages.evaluation.model_evaluation import EvaluateConfig, ProblemAnswer, load_tokenizer, measure, measure_shard
 from stages.evaluation.scores import ModelScores
-from stages.export.variants.registry import VARIANTS, VariantName
+from stages.export.variants.registry import DISTILLED, VARIANTS, VariantName
 from stages.formats.table import Double, Int32, String, columns_of, read_table, write_json, write_rows
 from stages.mcore.lora import Lora
 from stages.models.registry import Model
@@ -74,7 +74,7 @@ def run(config: VariantConfig, inputs: Inputs, work: Path, out: Path, report: Re
 
     inputs["model"] is an export, inputs["scores"] its evaluation; inputs["dedup"] and inputs["items"] are those that it
     was evaluated on. The variant adapter has more: inputs["base"], the export of its base, and inputs["checkpoint"],
-    the phase that trained it.
+    the phase that trained it. The variant distilled has inputs["student"], the export of the smaller model.
 
     Seals `model/`, the tables `documents.parquet`, `items.parquet` and `divergence.parquet`, and `loss.json`. Raises
     AtomError if the model has no such variant, CheckFailed if base and adapter are not the model.
@@ -122,6 +122,11 @@ def _convert(config: VariantConfig, inputs: Inputs, folder: Path, dequantized: P
     from stages.export.variants import adapter_files, conversion
 
     original = inputs["model"] / "model"
+    if config.variant == DISTILLED:
+        student = inputs["student"] / "model"
+        shutil.copytree(student, folder, dirs_exist_ok=True)
+        conversion.write_dequantized(config.variant, student, folder, dequantized)
+        return
     if (source := config.adapter) is None:
         conversion.write(config.variant, original, folder)
         conversion.write_dequantized(config.variant, original, folder, dequantized)

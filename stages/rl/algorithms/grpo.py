@@ -40,6 +40,8 @@ class GrpoTrainer(PolicyTrainer):
     """
 
     config: RlTrainConfig
+    # True if tasks are drawn from every bin equally, whatever its pass rate.
+    uniform = False
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
@@ -50,7 +52,7 @@ class GrpoTrainer(PolicyTrainer):
             # Also after a resume, whose weights come later: the reference is the policy at the start of the phase.
             self.load_previous_phase()
             self.reference = self.engine.local_weights()
-        self.curriculum = Curriculum(self.rows, seed_label(self.name), self.config.seed)
+        self.curriculum = Curriculum(self.rows, seed_label(self.name), self.config.seed, self.uniform)
         self.generated = 0  # tokens of all answers
         self.intake: Intake | None = None
         self.live: LiveGroups | None = None
@@ -135,8 +137,7 @@ class GrpoTrainer(PolicyTrainer):
         }
         if phase.replay is not None:
             metrics["replay_loss"] = fmean(x["replay"] / divisor / phase.replay.weight for _, x, divisor in results)
-        if phase.kl_coef is not None:
-            metrics["kl"] = mean_of("kl")
+        metrics |= {name: mean_of(name) for name in ("kl", "teacher_gap") if name in figures[0].extras}
         self.require_small_gap(step, gap, policy_digest, answers)
         return metrics
 
@@ -191,9 +192,13 @@ class GrpoTrainer(PolicyTrainer):
         return answers, metrics, self.algorithm_state()
 
     def _mark_group(self, answers: list[Rollout]) -> list[Rollout]:
-        marked, _ = mark_dropped(answers, self.phase.num_generations)
-        # `mark_dropped` counts groups from 0; here a group keeps the number in which it was issued.
+        marked, _ = self.mark(answers)
+        # `mark` counts groups from 0; here a group keeps the number in which it was issued.
         return [replace(r, group=answers[0].group) for r in marked]
+
+    def mark(self, answers: Sequence[Rollout]) -> tuple[list[Rollout], int]:
+        """Returns what `mark_dropped` does of the answers to some tasks, in groups."""
+        return mark_dropped(answers, self.phase.num_generations)
 
     def _draw_waves(self, step: int, policy_digest: str) -> list[Rollout]:
         """Draws until `prompts_per_step` groups differ in reward, or no more may be drawn. Returns all answers."""
@@ -204,7 +209,7 @@ class GrpoTrainer(PolicyTrainer):
             tasks = self.curriculum.draw(phase.prompts_per_step - groups, step, wave)
             requests = self.requests(tasks, phase.num_generations, f"{step}/{wave}")
             wave_answers = self.files.load_or_draw(step, wave, policy_digest, requests, self.policy)
-            wave_answers, groups_kept = mark_dropped(wave_answers, phase.num_generations)
+            wave_answers, groups_kept = self.mark(wave_answers)
             self.files.write(step, wave, wave_answers)
             for group, row in enumerate(tasks):
                 # Dropped groups count too: equal rewards tell that a task is too easy or too hard.
@@ -352,11 +357,16 @@ def objective(phase: RlPhase) -> Objective:
 
     def compute(cross_entropy: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         extras: Mapping[str, torch.Tensor] = batch.extras
+        advantages, mask = extras["advantage"], batch.loss_mask * extras["weight"][:, None]
+        of_teacher: dict[str, torch.Tensor] = {}
+        if "teacher" in extras:
+            gaps = losses.teacher_gaps(extras.get("old", -cross_entropy), extras["teacher"], mask)
+            advantages, of_teacher = advantages[:, None] - gaps, {"teacher_gap": gaps.sum()}
         loss, figures = losses.policy_loss(
             -cross_entropy,
             extras["sampler"],
-            extras["advantage"],
-            batch.loss_mask * extras["weight"][:, None],
+            advantages,
+            mask,
             token_loss=algorithm.token_loss,
             clip_low=math.inf if phase.clip_low is None else phase.clip_low,
             clip_high=math.inf if phase.clip_high is None else phase.clip_high,
@@ -366,6 +376,7 @@ def objective(phase: RlPhase) -> Objective:
             reference_logprobs=extras.get("reference"),
             kl_coef=phase.kl_coef or 0.0,
         )
+        figures |= of_teacher
         if phase.replay is not None:
             replay_loss = (cross_entropy * extras["replay"]).sum()
             loss, figures = loss + replay_loss, figures | {"replay": replay_loss.detach()}

@@ -90,6 +90,23 @@ def policy_loss(
     return torch.where(mask, loss, 0.0).sum(), sums
 
 
+def teacher_gaps(logprobs: torch.Tensor, teacher_logprobs: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Returns by how much each token is likelier under the policy than under a teacher: fp32 without gradient.
+
+    Their negatives are the advantages of on-policy distillation. Over the tokens that a policy p draws, the mean of
+    (log p - log teacher) times the gradient of log p is the gradient of KL(p || teacher), as that of the mean of log p
+    is 0 (MiniLLM, arXiv 2306.08543; GKD, arXiv 2306.13649). Each token answers for its own divergence alone, a discount
+    of 0, which spares the noise of what comes after it (Thinking Machines, "On-Policy Distillation", 2025).
+
+    Args:
+        logprobs: Log-probabilities under the policy before its first update on these tokens, [rows, width].
+        teacher_logprobs: Those under the teacher, [rows, width].
+        mask: True where a token counts, [rows, width]; elsewhere the gap is 0.
+    """
+    mask = mask.bool()
+    return (_masked(logprobs, mask) - _masked(teacher_logprobs, mask)).detach()
+
+
 def dpo_loss(
     logprobs: torch.Tensor,
     reference_logprobs: torch.Tensor | None,

@@ -124,6 +124,16 @@ def test_saturation_benchmark(tmp_path: Path) -> None:
     assert draw_saturation(tmp_path, tmp_path / "again.png") == (tmp_path / "rlhf-saturation.png").read_bytes()
 
 
+@at_length("benchmarks", 20)
+def test_distillation_benchmark(tmp_path: Path) -> None:
+    """Every arm begins with the same student and trains on as many tokens; what is measured is not trained again."""
+    table = run_quick("distillation", "--home", str(tmp_path))
+    seed = json.loads((tmp_path / "seed-0.json").read_text())
+    assert set(seed["arms"]) == {"on policy", "answers", "sft"} and seed["tokens"] > 0
+    again = run_quick("distillation", "--home", str(tmp_path))
+    assert not any(line.startswith("seed") for line in again) and again[1:] == table[1 - len(again) :]
+
+
 @at_length("benchmarks", 50)
 def test_forgetting_benchmark(tmp_path: Path) -> None:
     """Every arm begins with the same base and learns of the new task, and its figure is that of its points."""

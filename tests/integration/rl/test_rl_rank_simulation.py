@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from stages.rl import estimates, rank_simulation
+from stages.rl.config import DistillationConfig
 from stages.train import parallel
 from stages.train.engine import Engine
 from tests.fixtures import rank_simulation_fixtures
@@ -74,6 +75,19 @@ def test_the_reference_of_a_kl_term_is_on_the_host() -> None:
     result = rank_simulation.simulate(configured("rlvr", {"ranks": 4, "ep": 4}, kl_coef=0.1, prompts_per_step=2), 0)
     require_planned_memory(result)
     assert result.copies_bytes == result.planned_copies_bytes == 2 * 2 * result.parameters
+
+
+@at_length("training", 20)
+@pytest.mark.parametrize("layout", [{}, {"ranks": 4, "tp": 2, "pp": 2}], ids=str)
+def test_a_teacher_is_planned(layout: dict[str, Any]) -> None:
+    """Its weights are, and of its pass at most what it needs: the plan is that of a pass with gradients."""
+    body = post_training("rlvr", layout, LARGE, VOCABULARY, precision="bf16", max_resample_rounds=0)
+    config = DistillationConfig.model_validate({**body, "teacher": LARGE, "model": {**LARGE, "hidden_size": 256}})
+    for rank in {0, layout.get("ranks", 1) - 1}:
+        result = rank_simulation.simulate(config, rank)
+        teacher = estimates.teacher_bytes(config)
+        assert teacher < result.state_bytes == pytest.approx(result.planned_state_bytes, abs=0.07 * result.peak_bytes)
+        assert 0.7 * result.planned_peak_bytes < result.peak_bytes < 1.05 * result.planned_peak_bytes
 
 
 @pytest.mark.parametrize(("kind", "phase"), [("rlvr", {}), ("rlvr", {"replay": REPLAY}), ("dpo", {}), ("reward", {})])
