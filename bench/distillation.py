@@ -83,7 +83,7 @@ TEACHER = dict(architecture="qwen3", layers=2, hidden_size=64, heads=4, kv_heads
                context_length=128, tie_embeddings=True, init_std=0.08)  # fmt: skip
 FULL = Size(
     {**TEACHER, "hidden_size": 32, "heads": 2, "kv_heads": 1, "intermediate_size": 64}, TEACHER, vocab=512, level=3,
-    tuning=(500, 800), rows=48, rlvr=30, steps=60, prompts=32, generations=4, new=40, items=400,
+    tuning=(500, 200), rows=48, rlvr=30, steps=60, prompts=32, generations=4, new=40, items=400,
 )  # fmt: skip
 QUICK = replace(FULL, tuning=(4, 4), rows=8, rlvr=1, steps=2, prompts=2, generations=2, items=4)
 

@@ -292,7 +292,8 @@ def _student(release: Release, name: str, problems: list[str]) -> str:
         problems.append(f"{name} has no checkpoint of {STUDENT[-1]}, whose weights it must have")
         return ""
     config, stated = read_json(release.root / name / "config.json"), rows[-1].state["config"]["model"]
-    trained = Rounded(Tensors(release.root / "checkpoints" / rows[-1].branch), getattr(torch, config["dtype"]))
+    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[config["dtype"]]
+    trained = Rounded(Tensors(release.root / "checkpoints" / rows[-1].branch), dtype)
     expected = dict(to_hf(trained, parse(stated), config["vocab_size"]))
     published = Tensors(release.root / name)
     problems += [f"{name}: tensor {tensor} is missing or of no checkpoint" for tensor in published.keys() ^ expected]
