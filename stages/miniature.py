@@ -53,6 +53,7 @@ TOKENS = (
     "evaluation.context.lengths.*",
     "evaluation.context.short",
     "*max_new_tokens",
+    "*.max_tokens",
 )
 IN_STEPS = (
     "*.warmup_steps",
@@ -91,6 +92,8 @@ def miniature(recipe: Mapping[str, Any], data: Mapping[str, Any]) -> tuple[dict[
     if preferences := small.get("dpo", {}).get("preferences"):
         preferences["tasks"] = [dict(PREFERRED)]
         switched.append("dpo.preferences.tasks: instructions, which a policy that has learnt nothing meets at times")
+    if "preferences" in small:
+        small["preferences"]["heldout_fraction"] = HELDOUT
     if "reward_model" in small:
         small["reward_model"]["heldout_fraction"] = HELDOUT
     evaluation = small["evaluation"]

@@ -327,10 +327,20 @@ class PromptPool(Config):
     """answers per prompt"""
 
 
+class StoredPairs(Config):
+    """Pairs of the section `preferences` that a round of DPO learns from beside those of its own answers."""
+
+    count: Prompts
+    """pairs per round; all of them are read once before any is read again"""
+    max_tokens: Context
+    """maximum number of tokens of a prompt and an answer; longer pairs are left out"""
+
+
 class DpoPhase(SampledPhase):
     """Rounds of length-normalized DPO (Tulu 3, arXiv 2411.15124) on the best and the worst answer to each prompt.
 
-    In each round the policy answers and a reward function scores. The reference is the policy that gave the answers.
+    In each round the policy answers and a reward function scores. The reference is the policy that gave the answers,
+    and also for stored pairs the policy at the start of the round.
     `steps` counts rounds; the steps of the optimizer are updates, `updates` per round.
     """
 
@@ -338,6 +348,8 @@ class DpoPhase(SampledPhase):
     """prompts of the preference pairs"""
     sft_tasks: PromptPool | None = None
     """verified tasks whose correct answers are trained on with an NLL loss; null: none"""
+    stored_pairs: StoredPairs | None = added(None)
+    """pairs of the section preferences that a round also learns from; null: none"""
     updates: Updates
     """optimizer updates per round, among which its pairs are divided"""
     beta: Annotated[float, Range(0, 1000, "DPO: 0.1, normalized by length as in Tulu 3: 5", above=True)]
@@ -358,7 +370,7 @@ class DpoPhase(SampledPhase):
 
 
 class RewardPhase(PostTrainingPhase):
-    """A reward model, trained on the pairs of dpo with the Bradley-Terry loss.
+    """A reward model, trained on the pairs of preferences, or else of dpo, with the Bradley-Terry loss.
 
     The reward of an answer is the probability that `<|endoftext|>` follows it, so the model keeps the architecture
     of the policy.
@@ -367,7 +379,11 @@ class RewardPhase(PostTrainingPhase):
     pairs: Prompts
     """pairs per update"""
     heldout_fraction: Annotated[float, Range(0, 1, above=True, below=True)] = 0.2
-    """share of prompts, by hash, whose pairs are held out from training"""
+    """share of prompts, by hash, whose pairs of dpo are held out from training; pairs of preferences have a share of
+    their own"""
+    max_tokens: Context | None = added(None)
+    """maximum number of tokens of a prompt and an answer of preferences, longer pairs are left out; null: the model's
+    context"""
     validate_every: Steps
     """updates between evaluations on the held-out pairs"""
 

@@ -18,7 +18,7 @@ from stages.generation import vllm_server
 from stages.mcore.memory import MASTER, memory_share
 from stages.mcore.throughput import UNFITTED_ERRORS, StepSetup, shape_of, step_time
 from stages.models.base import Rows, layers_in_bf16
-from stages.rl.config import DpoTrainConfig, RewardTrainConfig, RlPhase, RlTrainConfig, Sampling
+from stages.rl.config import DpoPhase, DpoTrainConfig, RewardTrainConfig, RlPhase, RlTrainConfig, Sampling
 from stages.train.config import WORK_CHECKPOINTS
 from stages.train.estimate import checkpoint_size, fullest, layout_label, recomputed_flops
 
@@ -93,7 +93,7 @@ def fullest_row(config: AnyConfig) -> tuple[Examples, int]:
 def _examples(config: AnyConfig) -> list[Examples]:
     """Returns the examples of an update, at most."""
     if isinstance(config, RewardTrainConfig):
-        length = min(PAIR_TOKENS, config.model.context_length)
+        length = min(config.phase.max_tokens or PAIR_TOKENS, config.model.context_length)
         # A pair is two rows, whose only target is the last token: its log-probability is the score.
         return [Examples(2 * config.phase.pairs, length - 1, 1, unit=2)]
     phase = config.phase
@@ -108,6 +108,10 @@ def _examples(config: AnyConfig) -> list[Examples]:
             kinds.append(Examples(-(-phase.replay.rows // phase.updates), 1, phase.replay.sequence_length))
         return kinds
     kinds = [Examples(2 * -(-phase.preferences.count // phase.updates), question, answer, shared=2, unit=2)]
+    if (stored := phase.stored_pairs) is not None:
+        length = min(stored.max_tokens, config.model.context_length)
+        asked = min(QUESTION_TOKENS, length - 1)
+        kinds.append(Examples(2 * -(-stored.count // phase.updates), asked, length - asked, shared=2, unit=2))
     if (tasks := phase.sft_tasks) is not None:
         kinds.append(Examples(-(-tasks.count * tasks.num_generations // phase.updates), question, answer))
     return kinds
@@ -172,7 +176,8 @@ def readings(config: AnyConfig) -> int:
     """Returns the forward passes before an update, beside its own: of the old and of the reference policy."""
     phase = config.phase
     if not isinstance(phase, RlPhase):
-        return 0
+        # The reference of stored pairs is the policy before the updates of a round.
+        return int(isinstance(phase, DpoPhase) and phase.stored_pairs is not None)
     return [phase.updates > 1, phase.kl_coef is not None].count(True)
 
 

@@ -42,6 +42,8 @@ def update(config: AnyConfig) -> Update:
         if isinstance(phase, RlPhase) and phase.kl_coef is not None:
             with _copies_on_host(engine, memory), engine.computing_with(engine.local_weights()):
                 batch = grpo.with_logprobs(engine, batch, "reference")
+        if isinstance(phase, DpoPhase) and phase.stored_pairs is not None:
+            batch = grpo.with_logprobs(engine, batch, "start")
         # No number matters here: shapes and memory are what is simulated.
         engine.step(batch, 1e-3, lambda loss, norm: None, objective=minimize)
 
@@ -80,7 +82,9 @@ def _example(phase: RlPhase | DpoPhase | RewardPhase, kind: Examples, place: int
     if isinstance(phase, RlPhase):
         row, by_token = {"advantage": 1.0, "weight": 1.0}, {"sampler": ones, "replay": ones}
     elif isinstance(phase, DpoPhase):
-        row, by_token = {"pair": float(kind.unit > 1)}, {"reference": ones, "anchor": ones}
+        row, by_token = {"pair": float(kind.unit > 1), "stored": 0.0}, {"reference": ones, "anchor": ones}
+    else:
+        row = {"longer": 1.0}
     return Example(ids, kind.question, row, by_token)
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from pipeline.core.errors import AtomError, RecipeError
 from stages.formats.chat import control_tokens
 from stages.rl.protocols import Answer, ChatTokenizer, NoSettings, Parts, Verifier, VerifierContext, VerifierFailed
-from stages.tasks import question
+from stages.tasks import messages_of
 
 # Answers that are scored at once, on a core and on a GPU: all of their tokens have logits.
 ROWS, GPU_ROWS = 64, 8
@@ -63,7 +64,7 @@ class RewardModel(Verifier):
 
         rows = [
             # Without the last token, whose probability is the score.
-            reward_input(self.chat, question(row), response.text, response.finished)[:-1]
+            reward_input(self.chat, messages_of(row), response.text, response.finished)[:-1]
             for row, response in answers
         ]
         limit = self.model.config.max_position_embeddings
@@ -96,11 +97,13 @@ class RewardModel(Verifier):
         del self.model
 
 
-def reward_input(template: ChatTokenizer, prompt: str, text: str, finished: bool) -> list[int]:
-    """Returns the token ids of a question, its answer, and the token whose probability is the reward.
+def reward_input(
+    template: ChatTokenizer, messages: Sequence[Mapping[str, Any]], text: str, finished: bool
+) -> list[int]:
+    """Returns the token ids of messages, the answer to them, and the token whose probability is the reward.
 
-    Names of special tokens in both texts are ordinary text: an answer neither ends its turn nor opens another, and
+    Names of special tokens in all texts are ordinary text: an answer neither ends its turn nor opens another, and
     reasoning is read as it is written.
     """
-    ids = [*template.encode_question(prompt), *template.encode_text(text)]
+    ids = [*template.encode_question(messages), *template.encode_text(text)]
     return [*ids, *([template.turn_end] if finished else []), template.end]
