@@ -164,6 +164,13 @@ class SampledPhase(PostTrainingPhase):
         return self.sampling.promise
 
     @property
+    def scoring_servers(self) -> int:
+        """The number of servers in jobs of their own that score answers with the reward model."""
+        servers = self.verifiers.get(reward_registry.TRAINED, {}).get("servers", 0)
+        # Settings of a verifier are checked when it is made; what is no number is refused then.
+        return servers if isinstance(servers, int) else 0
+
+    @property
     def all_updates(self) -> int:
         return self.steps * self.updates
 

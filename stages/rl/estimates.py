@@ -19,6 +19,7 @@ from stages.mcore.memory import MASTER, memory_share
 from stages.mcore.throughput import UNFITTED_ERRORS, StepSetup, shape_of, step_time
 from stages.models.base import Rows, layers_in_bf16
 from stages.rl.config import DpoPhase, DpoTrainConfig, RewardTrainConfig, RlPhase, RlTrainConfig, Sampling
+from stages.rl.protocols import TRAINED
 from stages.train.config import WORK_CHECKPOINTS
 from stages.train.estimate import checkpoint_size, fullest, layout_label, recomputed_flops
 
@@ -184,6 +185,7 @@ def readings(config: AnyConfig) -> int:
 def _server_memory(config: AnyConfig, gpus: int) -> tuple[int, int]:
     """Returns the bytes of a vLLM server of the policy, as `ServedWork.memory` has them."""
     width = 4 if config.phase.precision == "fp32" else 2
+    # A server of the reward model, which has the policy's architecture, computes in bf16 on GPUs: it holds no more.
     weights = width * config.model.parameters(config.padded_vocab_size)["total"]
     beside = vllm_server.memory_beside_weights(config.model, config.padded_vocab_size, width, gpus)
     # On cores, all memory of a server is the host's.
@@ -206,8 +208,9 @@ def sampler_bytes(config: AnyConfig) -> int:
 
 
 def scorer_bytes(config: AnyConfig) -> int:
-    """Returns the bytes of the reward model, in fp32 on the device of rank 0, if it scores answers."""
-    scores = isinstance(config, RlTrainConfig) and any(task.verifier == "reward-model" for task in config.phase.tasks)
+    """Returns the bytes of the reward model, in fp32 on the device of rank 0, if it scores answers there."""
+    scores = isinstance(config, RlTrainConfig) and any(task.verifier == TRAINED for task in config.phase.tasks)
+    scores = scores and not config.phase.scoring_servers
     return MASTER * config.model.parameters(config.padded_vocab_size)["total"] if scores else 0
 
 
@@ -280,6 +283,7 @@ def estimate(
             memory=partial(_server_memory, config),
             assumed=ASSUMED,
             places=max(1, len(sampling.url)),
+            scorers=phase.scoring_servers if isinstance(phase, RlPhase) else 0,
         )
         if sampling is not None
         else None,

@@ -147,6 +147,8 @@ class Verifier(ABC):
         """Frees what it holds, child processes included."""
 
 
+# The verifier that is trained after the tasks are drawn, so that none of its rewards is known.
+TRAINED = "reward-model"
 # {verifier: its class}. Importing one is cheap; packages are imported when it is constructed.
 VERIFIERS = {
     "courtesy": "stages.rl.rewards.frozen_scorer:Courtesy",
