@@ -209,8 +209,9 @@ def sampler_bytes(config: AnyConfig) -> int:
 
 def scorer_bytes(config: AnyConfig) -> int:
     """Returns the bytes of the reward model, in fp32 on the device of rank 0, if it scores answers there."""
-    scores = isinstance(config, RlTrainConfig) and any(task.verifier == TRAINED for task in config.phase.tasks)
-    scores = scores and not config.phase.scoring_servers
+    if not isinstance(config, RlTrainConfig) or config.phase.scoring_servers:
+        return 0
+    scores = any(task.verifier == TRAINED for task in config.phase.tasks)
     return MASTER * config.model.parameters(config.padded_vocab_size)["total"] if scores else 0
 
 

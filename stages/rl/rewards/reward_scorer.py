@@ -6,6 +6,7 @@ The verifier `reward-model` scores with it in its own process, and a server (rew
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -46,12 +47,10 @@ class RewardScorer:
         dtype = torch.bfloat16 if gpus else torch.float32
         placed = {}
         if gpus > 1:
-            try:
-                import accelerate  # noqa: F401  # transformers spreads a model with it
-            except ImportError:
+            if find_spec("accelerate") is None:  # with which transformers spreads a model
                 raise AtomError(
                     "a reward model on several GPUs needs the package accelerate; install it, or give it one GPU"
-                ) from None
+                )
             placed = {"device_map": "auto"}
         self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True, **placed).eval()
         if not placed:

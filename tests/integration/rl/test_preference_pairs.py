@@ -199,7 +199,17 @@ def test_dpo_learns_from_stored_pairs(inputs: dict[str, Artifact], pairs: Artifa
     assert last["pair_margin"] > 0.1 and last["pair_loss"] < 0.68, last
 
 
-def test_no_pair_is_read_twice_before_all_are_read_once(pairs: Artifact) -> None:
+def test_a_prompt_is_on_one_side(inputs: dict[str, Artifact], tmp_path: Path) -> None:
+    again = [helpsteer(n, -1, response1=f"e{n}e") for n in range(80)]
+    sealed, _ = seal(from_file(tmp_path, [*ROWS, *again]), inputs, tmp_path / "out")
+    sides: dict[str, set[bool]] = {}
+    for row in read_table(sealed / "preferences.parquet").to_pylist():
+        sides.setdefault(row["messages"], set()).add(row["heldout"])
+    assert len(sides) == 80 and all(len(side) == 1 for side in sides.values())
+    assert set().union(*sides.values()) == {True, False}
+
+
+def test_pairs_are_read_one_at_a_time(pairs: Artifact) -> None:
     table = preference_pairs.read(pairs, False, 48)
     stored = StoredPairs(table)
     assert len(stored) == table.num_rows and stored[0].messages[0]["role"] == "user"
