@@ -18,6 +18,7 @@ from release.facts.data_facts import DataFacts, canary_of, read_data_facts
 from release.facts.model_facts import ModelFacts, read_model_facts
 from release.facts.published_tables import Manifest, read_json, read_manifests
 from release.facts.run_facts import (
+    TRAINING,
     Changes,
     Checkpoint,
     Costs,
@@ -148,6 +149,12 @@ class Release:
     def sizes(self) -> list[Trained]:
         """The model after pre-training and its smaller ones; none for a release without smaller ones."""
         return read_sizes(self.root)
+
+    @cached_property
+    def reward_model(self) -> dict[str, Any] | None:
+        """What the training of the reward model measured on held-out pairs; None without one."""
+        path = self.root / TRAINING / "reward" / "summary.json"
+        return read_json(path) if path.is_file() else None
 
     @cached_property
     def changes(self) -> Changes | None:

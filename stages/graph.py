@@ -85,6 +85,7 @@ STAGES = {
     "rehearsal": "stages.train.rehearsal_stage",
     "size": "stages.train.smaller_model",
     "tasks": "stages.rl.rollout.tasks",
+    "preferences": "stages.rl.preference_pairs",
     "rlvr": "stages.rl.rlvr",
     "dpo": "stages.rl.dpo",
     "distillation": "stages.rl.distillation",
@@ -150,6 +151,7 @@ def compose(recipe: Recipe, store: Store, without_data: bool = False) -> Graph:
     base = phases[-1].result
     post_training = PostTraining(
         rlvr=config.rlvr,
+        preferences=config.preferences,
         dpo=config.dpo,
         reward_model=config.reward_model,
         online_rlhf=config.online_rlhf,

@@ -53,6 +53,7 @@ TOKENS = (
     "evaluation.context.lengths.*",
     "evaluation.context.short",
     "*max_new_tokens",
+    "*.max_tokens",
 )
 IN_STEPS = (
     "*.warmup_steps",
@@ -91,6 +92,8 @@ def miniature(recipe: Mapping[str, Any], data: Mapping[str, Any]) -> tuple[dict[
     if preferences := small.get("dpo", {}).get("preferences"):
         preferences["tasks"] = [dict(PREFERRED)]
         switched.append("dpo.preferences.tasks: instructions, which a policy that has learnt nothing meets at times")
+    if "preferences" in small:
+        small["preferences"]["heldout_fraction"] = HELDOUT
     if "reward_model" in small:
         small["reward_model"]["heldout_fraction"] = HELDOUT
     evaluation = small["evaluation"]
@@ -165,6 +168,10 @@ def _shrink_phase(where: str, phase: dict[str, Any], full: Mapping[str, Any], st
     if "min_margin" in phase:
         phase["min_margin"] = 0.0
     _shrink_steps(phase, min(phase["steps"], steps))
+    if before_updates := full.get("updates"):
+        # The warm-up counts updates, of which a step has fewer.
+        optimizer = phase["optimizer"]
+        optimizer["warmup_steps"] = max(1, optimizer["warmup_steps"] * phase["updates"] // before_updates)
     if "micro_batches" in phase:
         phase["micro_batches"] = _data(after) * min(2, phase["micro_batches"] // _data(before) or 1)
     if "batch" in phase:

@@ -35,6 +35,7 @@ from stages.export.variants.registry import VARIANTS, VariantName
 from stages.formats.tokenizer import TokenizerSection
 from stages.models.registry import Model
 from stages.rl.config import Distillation, DpoPhase, RewardPhase, RlPhase
+from stages.rl.preference_pairs import PreferenceSection
 from stages.train.config import LongContext, PhaseConfig, SftPhase
 from stages.train.imported_weights import StartFrom
 from stages.train.nodes import TextPhase
@@ -188,10 +189,12 @@ class ReleaseRecipe(Identity):
     """supervised fine-tuning; null: none"""
     rlvr: RlPhase | None = None
     """reinforcement learning with verifiable rewards; null: none"""
+    preferences: PreferenceSection | None = added(None)
+    """pairs of answers that others ordered, from files; null: none"""
     dpo: DpoPhase | None = None
     """direct preference optimization; null: none"""
     reward_model: RewardPhase | None = None
-    """reward model, trained on the pairs of dpo; requires dpo; null: none"""
+    """reward model, trained on the pairs of preferences, or else of dpo; requires one of the two; null: none"""
     online_rlhf: RlPhase | None = None
     """reinforcement learning with the reward model; requires reward_model; null: none"""
     evaluation: EvaluationSection
@@ -224,8 +227,19 @@ class ReleaseRecipe(Identity):
     def _check_reward_model(self) -> ReleaseRecipe:
         if self.online_rlhf and self.reward_model is None:
             raise ValueError("online_rlhf learns from the reward model; add the section reward_model")
-        if self.reward_model and self.dpo is None:
-            raise ValueError("reward_model learns from the pairs that dpo makes; add the section dpo")
+        if self.reward_model and self.preferences is None and self.dpo is None:
+            raise ValueError(
+                "reward_model learns from pairs of answers, and there are none; add the section preferences, or dpo"
+            )
+        if self.online_rlhf and self.dpo is None:
+            raise ValueError("online_rlhf goes on with the policy of dpo; add the section dpo")
+        stored = self.dpo is not None and self.dpo.stored_pairs is not None
+        if stored and self.preferences is None:
+            raise ValueError("dpo.stored_pairs has no effect without the section preferences; leave it out, or add it")
+        if self.preferences and not (stored or self.reward_model):
+            raise ValueError(
+                "no phase learns from the pairs of preferences; add reward_model or dpo.stored_pairs, or leave it out"
+            )
         return self
 
     @model_validator(mode="after")

@@ -195,6 +195,8 @@ class ServedWork:
     assumed: str
     # Servers that others run in rank 0's place, each taken for one GPU or core.
     places: int = 1
+    # Servers in jobs of their own that do something else for the stage.
+    scorers: int = 0
 
 
 @dataclass(frozen=True)

@@ -134,7 +134,7 @@ def _with_servers(use: Use, row: StagePlan, profile: Profile, gpus: int) -> Use:
     in_server = servers.gpus_per_node if servers else min(gpus, 1)
     rate = in_server * work.gpu_flops or (servers.cpus_per_task if servers else 1) * work.cpu_flops
     # Seconds of the servers' work, in parallel on all of them; it comes on top unless the ranks compute meanwhile.
-    drawing = work.flops / rate / (servers.count if servers else work.places) / 3600
+    drawing = work.flops / rate / (max(1, servers.count - work.scorers) if servers else work.places) / 3600
     hours = max(use.hours, drawing) if work.overlaps else use.hours + drawing
     on_cores = 0.0 if in_server else work.flops / work.cpu_flops / 3600
     core_hours = on_cores if gpus else use.core_hours - work.flops / work.cpu_flops / 3600 + on_cores
@@ -438,6 +438,11 @@ def _server_memory(row: StagePlan, profile: Profile) -> list[str]:
     servers, work, reasons = servers_of(row, profile), row.estimate.served, []
     if servers is None or work is None:
         return []
+    if work.scorers >= servers.count:
+        reasons.append(
+            f"{work.scorers} of {servers.count} servers (slurm.servers.count) score its answers, and none is left that "
+            "draws them"
+        )
     on_gpu, on_host = work.memory(servers.gpus_per_node)
     limit = profile.gpu.memory_gb if profile.gpu else None
     if limit is not None and on_gpu > limit * GIB:

@@ -31,6 +31,7 @@ from release.layout import (
     GATES,
     MODEL,
     ORIGINS,
+    RECIPE,
     REFERENCES,
     SIGNATURE,
     SIZE,
@@ -186,6 +187,8 @@ def rollouts(release: Published, evidence: Sequence[str]) -> Answer:
     wanted.pop("reward", None)  # it learns from the pairs of others
     if "dpo" in kinds.values():
         wanted["pairs of dpo"] = "dataset/rl/dpo/pairs.parquet"
+    if read_json(release.root / RECIPE).get("preferences"):
+        wanted["pairs of preferences"] = "dataset/rl/preferences/preferences.parquet"
     if not wanted:
         return "Y", "no phase draws answers", ["evidence/training"]
     whole = "every sampled answer with tokens, log-probabilities and reward"

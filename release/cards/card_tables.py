@@ -57,6 +57,7 @@ class ReleaseFacts:
         sizes: The model after pre-training, and its smaller ones if there are any.
         optimizers: The optimizer's settings by phase that trained the model, as its last checkpoint states them.
         rehearsals: The rehearsals of the phases that trained the model.
+        reward_model: What the training of the reward model measured on held-out pairs; None without one.
     """
 
     model: ModelFacts
@@ -71,6 +72,7 @@ class ReleaseFacts:
     sizes: Sequence[Trained] = ()
     optimizers: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     rehearsals: Sequence[Rehearsal] = ()
+    reward_model: Mapping[str, Any] | None = None
 
     @property
     def example(self) -> ExampleAnswer | None:
@@ -107,6 +109,8 @@ def release_facts(release: Release, folder: str) -> ReleaseFacts:
         sizes=release.sizes,
         optimizers=find_optimizers(release.checkpoints, model.training),
         rehearsals=[row for row in release.rehearsals if row.phase in model.training],
+        # The earlier models learned nothing from it.
+        reward_model=release.reward_model if folder == MODEL else None,
     )
 
 
@@ -168,6 +172,7 @@ DATA_TABLES: tuple[CardTable[DataFacts], ...] = (
     CardTable("classifiers", document_tables.classifiers, heading="Classifiers"),
     CardTable("languages", document_tables.languages, heading="Languages of the documents"),
     CardTable("opt_outs", document_tables.opt_outs, heading="Opt-outs"),
+    CardTable("pairs", lambda data: chat_tables.pairs(data.preferences), heading="Pairs of answers"),
 )
 """Tables of data.md.jinja that the dataset repository alone can prove."""
 
@@ -195,6 +200,7 @@ RELEASE_TABLES: tuple[CardTable[ReleaseFacts], ...] = (
     CardTable("examples", lambda release: chat_tables.examples(release.examples)),
     CardTable("request", lambda release: chat_tables.request(release.example)),
     CardTable("output", lambda release: chat_tables.output(release.example)),
+    CardTable("reward_model", lambda release: chat_tables.reward_model(release.reward_model), heading="Reward model"),
     # Data and settings.
     CardTable("shares", _shares),
     CardTable("licenses", _licenses),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 from pipeline.core.text import escaped
 from release.cards import caveats
@@ -105,6 +106,55 @@ def wins(preferences: Mapping[str, ComparisonScores]) -> list[str]:
         ["parts of it that fell", *(_changes(caveats.moved(new, old), old, new) for old, new in sides)],
     ]
     return table(["", *(f"{title(name)} against {title(row['before'])}" for name, row in preferences.items())], body)
+
+
+ORDERED_BY = {"humans": "humans", "AI": "a model (AI)", "rules": "rules (rule preferences)"}
+"""Words for those who ordered the answers of pairs."""
+
+
+def reward_model(measured: Mapping[str, Any] | None) -> list[str]:
+    """Returns the accuracy of the reward model by domain, beside that of a rule about length; none without one."""
+    if measured is None:
+        return []
+
+    def row(name: str, part: Mapping[str, Any]) -> list[str]:
+        shares = [(part["accuracy"], part["interval"]), tuple(part["longer_is_better"].values())]
+        cells = (f"{value:.3f} ({low:.3f} to {high:.3f})" for value, (low, high) in shares)
+        return [name, count(part["pairs"]), count(part["questions"]), *cells]
+
+    accuracy, domains = measured["heldout_accuracy"], measured["domains"]
+    together = {
+        "pairs": measured["heldout_pairs"],
+        "questions": measured["heldout_questions"],
+        "accuracy": accuracy["last"],
+        "interval": accuracy["interval"],
+        "longer_is_better": measured["longer_is_better"],
+    }
+    body = [row(escaped(domain), part) for domain, part in domains.items()] if len(domains) > 1 else []
+    ordered = ", ".join(f"{count(n)} by {ORDERED_BY[who]}" for who, n in measured["preferred_by"].items())
+    sentence = (
+        f"Held-out pairs of answers, of prompts that no pair of training has, ordered {ordered}. Share that the reward "
+        "model orders correctly, and share in which the longer answer is the better one, which a rule about length "
+        f"would get right; 95 % intervals over prompts. In {measured['prefers_longer']:.3f} of the pairs the reward "
+        "model scores the longer answer higher."
+    )
+    heads = ["domain", "pairs", "prompts", "ordered correctly", "longer is better"]
+    return explained_table(sentence, heads, [*body, row("all", together)])
+
+
+def pairs(sources: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Returns one row for each source of pairs that others ordered."""
+    body = []
+    for name, source in sources.items():
+        left = "; ".join(f"{escaped(reason)} {count(n)}" for reason, n in source["left_out"].items())
+        licenses = ", ".join(f"{license} {count(n)}" for license, n in source["licenses"].items())
+        counts = count(source["pairs"] - source["heldout"]), count(source["heldout"])
+        body.append([escaped(name), ORDERED_BY[source["preferred_by"]], licenses, *counts, left or "none"])
+    sentence = (
+        "Pairs of answers that others ordered, in `rl/preferences/preferences.parquet` with license and origin of "
+        "each; the reasons why rows were left out:"
+    )
+    return explained_table(sentence, ["source", "ordered by", "license", "to learn from", "held out", "left out"], body)
 
 
 def _change(name: str, old: Mapping[str, Mean], new: Mapping[str, Mean]) -> str:

@@ -60,6 +60,7 @@ def _measurements(release: Release) -> Measurements:
         preferences=data.chat.get("preferences", {}),
         positions=partial(_positions, release),
         context=lambda: context_of(release.checkpoints, "midtrain"),
+        reward_model=release.reward_model,
     )
 
 

@@ -143,6 +143,7 @@ class DataFacts:
         published_reasons: {source that a model wrote from one by reference: why its texts are published}
         curation: The notice, the steps of each source and what classifiers measured; empty if none is stated.
         first_documents: {source: first training document} of some sources.
+        preferences: {source of pairs that others ordered: what was counted of it}
     """
 
     sources: dict[str, SourceFacts] = field(default_factory=dict)
@@ -156,6 +157,7 @@ class DataFacts:
     published_reasons: dict[str, str] = field(default_factory=dict)
     curation: dict[str, Any] = field(default_factory=dict)
     first_documents: dict[str, Example] = field(default_factory=dict)
+    preferences: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def sources_read(self, phase: str) -> set[str]:
         """Returns the sources of a phase's order; none for a phase without an order."""
@@ -186,6 +188,7 @@ def read_data_facts(dataset: Path) -> DataFacts:
         dict(references.published_reasons(dataset)),
         read_json(path) if (path := dataset / layout.CURATION).exists() else {},
         dict(_first_documents(dataset)),
+        read_json(path)["sources"] if (path := dataset / layout.PREFERENCES).exists() else {},
     )
 
 

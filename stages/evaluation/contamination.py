@@ -28,7 +28,7 @@ from pipeline.core.stage import Config, Inputs, Report, Stage, operational
 from stages.confidence import Mean, clustered
 from stages.data import estimates
 from stages.data.estimates import Size
-from stages.evaluation.generated_eval import prompts, task_roles
+from stages.evaluation.generated_eval import PREFERENCES, prompts, task_roles
 from stages.evaluation.pass_at_k import GREEDY
 from stages.evaluation.scores import VERDICTS, ContaminationReport, ScoresByVerdict, VerdictCounts
 from stages.formats.table import (
@@ -340,7 +340,7 @@ def search_corpus(
             )
     for role in task_roles(search.inputs):
         texts = list(prompts(search.inputs, role))
-        phase = role.replace("tasks-", "prompts of ")
+        phase = "pairs of preferences" if role == PREFERENCES else role.replace("tasks-", "prompts of ")
         matched[phase] = set().union(*map(search.runs.search, texts))
         read[phase] = len(texts)
     return matched, read

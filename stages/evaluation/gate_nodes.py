@@ -77,6 +77,8 @@ def with_gates(
         }
         scores = [f"{kind}-{name}" for kind in ("evaluate", "solve", "prefer") for name in models]
         inputs = {name: name for name in (*scores, *(f"order-{phase}" for phase in of_text)) if name in names}
+        if "reward_model_orders_pairs" in here:
+            inputs["reward"] = "reward"
         gates[phases[model]] = NodeSpec(f"{NAME}-{phases[model]}", NAME, config, inputs)
     after: dict[str, tuple[str, ...]] = {}
     latest: tuple[str, ...] = ()

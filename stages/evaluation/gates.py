@@ -48,6 +48,7 @@ class Measurements:
         preferences: {chat model: comparison with the model before}
         positions: Returns the rows of a model's losses by position; none if it was not evaluated on long documents.
         context: Returns the context of mid-training, in tokens.
+        reward_model: What its training measured on held-out pairs; None without one.
     """
 
     scores: Mapping[str, ModelScores]
@@ -56,6 +57,7 @@ class Measurements:
     preferences: Mapping[str, PairScores]
     positions: Callable[[str], Sequence[Mapping[str, Any]]]
     context: Callable[[], int]
+    reward_model: Mapping[str, Any] | None = None
 
     def sources_read(self, phase: str) -> set[str]:
         """Returns the sources of a phase's order; none for a phase without an order."""
@@ -315,6 +317,23 @@ def is_preferred(model: str, measured: Measurements, thresholds: Thresholds) -> 
     return Judgement(rate["low"] > required, text)
 
 
+def reward_model_orders_pairs(measured: Measurements, thresholds: Thresholds) -> Judgement | None:
+    """Judges whether the reward model orders held-out pairs better than chance, for certain, and than length does.
+
+    None without a reward model.
+    """
+    if measured.reward_model is None:
+        return None
+    accuracy, baseline = measured.reward_model["heldout_accuracy"], measured.reward_model["longer_is_better"]["value"]
+    (low, high), value = accuracy["interval"], accuracy["last"]
+    text = (
+        f"held-out pairs ordered correctly {value:.3f} ({low:.3f} to {high:.3f}); the longer answer is the better one "
+        f"in {baseline:.3f}"
+    )
+    # What prefers the shorter answer is a rule of length as well.
+    return Judgement(low > 0.5 and value > max(baseline, 1 - baseline), text)
+
+
 def judge_gain(measure: str, before: Mean, after: Mean, required: float, significant: bool = True) -> Judgement:
     """Judges whether a share rose by more than is required.
 
@@ -385,6 +404,9 @@ RULES = {
     "rlvr_raises_pass_at_1": Rule(rlvr_raises_pass_at_1, "rlvr", "pass@1 of rlvr and sft"),
     "rlhf_keeps_skills": Rule(rlhf_keeps_skills, "dpo", "pass@1 of later models and rlvr"),
     "dpo_is_preferred": Rule(partial(is_preferred, "dpo"), "dpo", "answers of dpo and the model before"),
+    "reward_model_orders_pairs": Rule(
+        reward_model_orders_pairs, "reward_model", "held-out pairs, ordered by the reward model and by length"
+    ),
     "online-rlhf_is_preferred": Rule(
         partial(is_preferred, "online-rlhf"), "online_rlhf", "answers of online-rlhf and the model before dpo"
     ),
@@ -412,6 +434,8 @@ def judged_after(models: Sequence[str], has_context: bool, answers: bool, compar
         "rlvr_raises_pass_at_1": ["rlvr"] if answers and "sft" in models else [],
         "rlhf_keeps_skills": AFTER_RLVR if answers and "rlvr" in models else (),
     }
+    # Before the policy that learned from it is published. A release without that policy is judged when it is built.
+    after["reward_model_orders_pairs"] = ["online-rlhf"]
     after |= {f"{model}_is_preferred": [model] if answers and compares else [] for model in AFTER_RLVR}
     for gate in RULES:
         yield from ((gate, model) for model in after[gate] if model in models)

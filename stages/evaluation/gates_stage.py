@@ -22,7 +22,7 @@ from stages.evaluation.gates import OUTCOMES, RULES, Measurements, waived_detail
 from stages.evaluation.scores import pass_at_1
 from stages.formats.table import stream_rows, write_json
 
-NAME, VERSION = "gates", 1
+NAME, VERSION = "gates", 2
 # Seconds: a handful of small files is read.
 ESTIMATE = Estimate(cpu_seconds=5.0, memory_bytes=300_000_000)
 POSITIONS = "positions.parquet"
@@ -57,7 +57,8 @@ def run(config: GatesConfig, inputs: Inputs, work: Path, out: Path, report: Repo
 
     Args:
         config: The gates.
-        inputs: By name of their node, the scores of the models, and the orders of the phases on text.
+        inputs: By name of their node, the scores of the models, the orders of the phases on text, and the training of
+            a reward model, if it is judged.
         work: Not used.
         out: The artifact.
         report: Receives a line for each gate.
@@ -106,6 +107,7 @@ def _measurements(config: GatesConfig, inputs: Inputs) -> Measurements:
         preferences=scores("prefer"),
         positions=positions,
         context=lambda: config.context,
+        reward_model=inputs["reward"].json("summary.json") if "reward" in inputs else None,
     )
 
 

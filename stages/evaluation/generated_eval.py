@@ -13,6 +13,7 @@ This protects against leakage, not against training until a digest gives easy pr
 from __future__ import annotations
 
 import hashlib
+import json
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -38,6 +39,8 @@ if TYPE_CHECKING:
 
 VERSION = 2
 EVALUATION = "evaluation items"
+# The input with the pairs that others ordered.
+PREFERENCES = "preferences"
 
 
 Sources = Annotated[tuple[SourceName, ...], Field(max_length=MOST_SOURCES)]
@@ -226,14 +229,20 @@ def _search_part(runs: ItemRuns, work: Path, source: str, number: int, path: Pat
 
 
 def task_roles(inputs: Inputs) -> list[str]:
-    """Returns the inputs with the tasks of reinforcement and preference learning."""
-    return sorted(role for role in inputs if role.startswith("tasks-"))
+    """Returns the inputs with tasks of reinforcement and preference learning, and with pairs that others ordered."""
+    return sorted(role for role in inputs if role.startswith("tasks-") or role == PREFERENCES)
 
 
 def prompts(inputs: Inputs, role: str) -> Iterator[str]:
-    """Yields the text of every message of the tasks of one artifact."""
+    """Yields the text of every message of the tasks or pairs of one artifact."""
+    from stages.rl import preference_pairs
     from stages.rl.rollout.tasks import read
 
+    if role == PREFERENCES:
+        for pair in stream_rows(inputs[role] / preference_pairs.FILE, ["messages", "chosen", "rejected"]):
+            asked = [str(message["content"]) for message in json.loads(pair["messages"])]
+            yield "\n".join([*asked, pair["chosen"], pair["rejected"]])
+        return
     for row in read(inputs[role]):
         yield "\n".join(str(message["content"]) for message in row["responses_create_params"]["input"])
 

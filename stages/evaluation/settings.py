@@ -237,7 +237,7 @@ def chat_nodes(measured: Measured, chat_models: Sequence[str], before: Sequence[
     chat = section.chat
     if chat is None or not chat_models:
         return []
-    tasks = {spec.name: spec.name for spec in before if spec.stage == "tasks"}
+    tasks = {spec.name: spec.name for spec in before if spec.stage in ("tasks", "preferences")}
     orders = {spec.name: spec for spec in before if spec.stage == "order"}
     # The sources of each phase are those that its order mixes.
     mixes = {order.config["phase"]: sorted(order.config["mix"]) for order in orders.values()}

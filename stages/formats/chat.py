@@ -79,9 +79,10 @@ def after_calls(results: Sequence[str]) -> list[str]:
     return _pieces(text, results)
 
 
-def question_pieces(question: str) -> list[str]:
-    """Returns the template's text up to the answer to a question, in pieces."""
-    return _pieces(render([{"role": "user", "content": MARK}], ask=True), [question])
+def question_pieces(messages: Sequence[Message]) -> list[str]:
+    """Returns the template's text up to the answer to messages, of which the last is the user's, in pieces."""
+    contents = [str(message["content"]) for message in messages]
+    return _pieces(render([{"role": m["role"], "content": MARK} for m in messages], ask=True), contents)
 
 
 def _pieces(text: str, contents: Sequence[str]) -> list[str]:

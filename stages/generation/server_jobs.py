@@ -152,14 +152,23 @@ def serve(settings: SamplingSettings, place: ServerPlace) -> None:
 
     # No training shares these GPUs, so all of their memory counts as free.
     gpus = (torch.cuda.device_count(), 1.0) if torch.cuda.is_available() else None
-    server = vllm_server.Server.start(python, place.folder, place.log, settings.options, gpus, place.folder / SECRET)
+    secret = place.folder / SECRET
+    run(vllm_server.Server.start(python, place.folder, place.log, settings.options, gpus, secret), place, place.folder)
+
+
+def run(server: vllm_server.Server, place: ServerPlace, folder: Path) -> None:
+    """Announces a server in a folder until the stage has ended, and ends it.
+
+    Raises:
+        MachineError: The server dies or no longer answers.
+    """
     try:
         if not server.wait(None, place.ended, POLL_SECONDS):
             return
         place.ready()
         job, start = os.environ.get("SLURM_JOB_ID", ""), int(os.environ.get("SLURM_RESTART_COUNT", "0"))
         announcement = Announced(place.run, server.url, node_name(), job, start)
-        with announced(place.folder, place.number, announcement):
+        with announced(folder, place.number, announcement):
             while server.wait(SILENCE_SECONDS, place.ended, POLL_SECONDS):
                 time.sleep(POLL_SECONDS)
     finally:

@@ -214,6 +214,11 @@ def place(environment: Mapping[str, str], visible: int, free: float) -> tuple[di
     return {}, [f"--gpu-memory-utilization={SHARE * free:.2f}"]
 
 
+def family(address: str) -> socket.AddressFamily:
+    """Returns the family of an IP address."""
+    return socket.AF_INET6 if ":" in address else socket.AF_INET
+
+
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -244,7 +249,12 @@ class Server:
     """One server, at a url. Thread-safe except for `launch` and `close`."""
 
     def __init__(
-        self, url: str, secret: Path, log: Path | None = None, run: Callable[[], subprocess.Popen[bytes]] | None = None
+        self,
+        url: str,
+        secret: Path,
+        log: Path | None = None,
+        run: Callable[[], subprocess.Popen[bytes]] | None = None,
+        what: str = "vLLM server",
     ) -> None:
         """Describes a server.
 
@@ -253,11 +263,12 @@ class Server:
             secret: File with which requests are signed.
             log: File of its output, for messages.
             run: Starts its process, for a server of this process.
+            what: Its kind, for messages.
 
         Raises:
             AtomError: The secret is unusable.
         """
-        self.url, self.secret, self.log, self.run = url.rstrip("/"), secret, log, run
+        self.url, self.secret, self.log, self.run, self.what = url.rstrip("/"), secret, log, run, what
         self.process: subprocess.Popen[bytes] | None = None
         # The start of the server that `problem` has seen.
         self.instance = ""
@@ -307,6 +318,7 @@ class Server:
         log: Path,
         variables: Mapping[str, str],
         secret: Path | None = None,
+        what: str = "vLLM server",
     ) -> Server:
         """Starts a server on a free port of this machine.
 
@@ -317,13 +329,14 @@ class Server:
             variables: Further variables of its environment.
             secret: File of the secret, for a server that other nodes reach. Without it, a new secret is made beside
                 the log, and the server listens on the loopback.
+            what: Its kind, for messages.
         """
         address, host = own_address() if secret else ("127.0.0.1", "127.0.0.1")
         if secret is None:
             secret = log.with_suffix(".secret")
             atom_secret.make(secret)
         # The system chooses a free port. The socket is closed before the server opens its own.
-        with socket.create_server((address, 0), family=socket.AF_INET6 if ":" in address else socket.AF_INET) as free:
+        with socket.create_server((address, 0), family=family(address)) as free:
             port = free.getsockname()[1]
         arguments = ["sh", "-c", _WATCHED, "sh", *command(address, port)]
         # The secret is passed by a file: an environment or a command line can be read by others.
@@ -343,7 +356,7 @@ class Server:
                     umask=0o077,  # vLLM's processes talk to each other by sockets in TMPDIR
                 )
 
-        server = cls(f"http://{host}:{port}", secret, log, run)
+        server = cls(f"http://{host}:{port}", secret, log, run, what)
         server.launch()
         return server
 
@@ -461,7 +474,7 @@ class Server:
             reason = f"{path}: {status} {message}"
             # A status of 4xx would be the same the next time; 5xx is tried again.
             if status < 500:
-                raise AtomError(f"the vLLM server at {self.url} refuses {reason}; correct the recipe")
+                raise AtomError(f"the {self.what} at {self.url} refuses {reason}; correct the recipe")
         raise self.lost(reason)
 
     def generate(self, ids: Sequence[int], sampling: Mapping[str, Any]) -> Answer:
@@ -518,7 +531,7 @@ class Server:
             lines = [line.strip() for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
             log_tail = f"; its log {self.log} ends: {' | '.join(lines[-5:])[-1000:]}"
         return ServerLost(
-            f"the vLLM server at {self.url} is gone ({reason}){log_tail}; see to it and run again to go on"
+            f"the {self.what} at {self.url} is gone ({reason}){log_tail}; see to it and run again to go on"
         )
 
 

@@ -167,6 +167,13 @@ class SampledPhase(PostTrainingPhase):
         return self.sampling.promise
 
     @property
+    def scoring_servers(self) -> int:
+        """The number of servers in jobs of their own that score answers with the reward model."""
+        servers = self.verifiers.get(reward_registry.TRAINED, {}).get("servers", 0)
+        # Settings of a verifier are checked when it is made; what is no number is refused then.
+        return servers if isinstance(servers, int) else 0
+
+    @property
     def all_updates(self) -> int:
         return self.steps * self.updates
 
@@ -359,10 +366,20 @@ class PromptPool(Config):
     """answers per prompt"""
 
 
+class StoredPairs(Config):
+    """Pairs of the section `preferences` that a round of DPO learns from beside those of its own answers."""
+
+    count: Prompts
+    """pairs per round; all of them are read once before any is read again"""
+    max_tokens: Context
+    """maximum number of tokens of a prompt and an answer; longer pairs are left out"""
+
+
 class DpoPhase(SampledPhase):
     """Rounds of length-normalized DPO (Tulu 3, arXiv 2411.15124) on the best and the worst answer to each prompt.
 
-    In each round the policy answers and a reward function scores. The reference is the policy that gave the answers.
+    In each round the policy answers and a reward function scores. The reference is the policy that gave the answers,
+    and also for stored pairs the policy at the start of the round.
     `steps` counts rounds; the steps of the optimizer are updates, `updates` per round.
     """
 
@@ -370,6 +387,8 @@ class DpoPhase(SampledPhase):
     """prompts of the preference pairs"""
     sft_tasks: PromptPool | None = None
     """verified tasks whose correct answers are trained on with an NLL loss; null: none"""
+    stored_pairs: StoredPairs | None = added(None)
+    """pairs of the section preferences that a round also learns from; null: none"""
     updates: Updates
     """optimizer updates per round, among which its pairs are divided"""
     beta: Annotated[float, Range(0, 1000, "DPO: 0.1, normalized by length as in Tulu 3: 5", above=True)]
@@ -390,7 +409,7 @@ class DpoPhase(SampledPhase):
 
 
 class RewardPhase(PostTrainingPhase):
-    """A reward model, trained on the pairs of dpo with the Bradley-Terry loss.
+    """A reward model, trained on the pairs of preferences, or else of dpo, with the Bradley-Terry loss.
 
     The reward of an answer is the probability that `<|endoftext|>` follows it, so the model keeps the architecture
     of the policy.
@@ -399,7 +418,11 @@ class RewardPhase(PostTrainingPhase):
     pairs: Prompts
     """pairs per update"""
     heldout_fraction: Annotated[float, Range(0, 1, above=True, below=True)] = 0.2
-    """share of prompts, by hash, whose pairs are held out from training"""
+    """share of prompts, by hash, whose pairs of dpo are held out from training; pairs of preferences have a share of
+    their own"""
+    max_tokens: Context | None = added(None)
+    """maximum number of tokens of a prompt and an answer of preferences, longer pairs are left out; null: the model's
+    context"""
     validate_every: Steps
     """updates between evaluations on the held-out pairs"""
 

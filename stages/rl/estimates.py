@@ -19,7 +19,16 @@ from stages.mcore.memory import MASTER, Activations, memory_share
 from stages.mcore.throughput import UNFITTED_ERRORS, StepSetup, shape_of, step_time
 from stages.models.base import Rows, layers_in_bf16
 from stages.models.parallel_layout import Layout
-from stages.rl.config import DistillationConfig, DpoTrainConfig, RewardTrainConfig, RlPhase, RlTrainConfig, Sampling
+from stages.rl.config import (
+    DistillationConfig,
+    DpoPhase,
+    DpoTrainConfig,
+    RewardTrainConfig,
+    RlPhase,
+    RlTrainConfig,
+    Sampling,
+)
+from stages.rl.protocols import TRAINED
 from stages.train.config import WORK_CHECKPOINTS
 from stages.train.estimate import checkpoint_size, fullest, layout_label, recomputed_flops
 
@@ -94,7 +103,7 @@ def fullest_row(config: AnyConfig) -> tuple[Examples, int]:
 def _examples(config: AnyConfig) -> list[Examples]:
     """Returns the examples of an update, at most."""
     if isinstance(config, RewardTrainConfig):
-        length = min(PAIR_TOKENS, config.model.context_length)
+        length = min(config.phase.max_tokens or PAIR_TOKENS, config.model.context_length)
         # A pair is two rows, whose only target is the last token: its log-probability is the score.
         return [Examples(2 * config.phase.pairs, length - 1, 1, unit=2)]
     phase = config.phase
@@ -109,6 +118,10 @@ def _examples(config: AnyConfig) -> list[Examples]:
             kinds.append(Examples(-(-phase.replay.rows // phase.updates), 1, phase.replay.sequence_length))
         return kinds
     kinds = [Examples(2 * -(-phase.preferences.count // phase.updates), question, answer, shared=2, unit=2)]
+    if (stored := phase.stored_pairs) is not None:
+        length = min(stored.max_tokens, config.model.context_length)
+        asked = min(QUESTION_TOKENS, length - 1)
+        kinds.append(Examples(2 * -(-stored.count // phase.updates), asked, length - asked, shared=2, unit=2))
     if (tasks := phase.sft_tasks) is not None:
         kinds.append(Examples(-(-tasks.count * tasks.num_generations // phase.updates), question, answer))
     return kinds
@@ -176,7 +189,8 @@ def readings(config: AnyConfig) -> float:
     """
     phase = config.phase
     if not isinstance(phase, RlPhase):
-        return 0
+        # The reference of stored pairs is the policy before the updates of a round.
+        return int(isinstance(phase, DpoPhase) and phase.stored_pairs is not None)
     passes = [phase.updates > 1, phase.kl_coef is not None].count(True)
     if not isinstance(config, DistillationConfig):
         return passes
@@ -205,6 +219,7 @@ def teacher_activations(config: AnyConfig, row: Rows) -> int:
 def _server_memory(config: AnyConfig, gpus: int) -> tuple[int, int]:
     """Returns the bytes of a vLLM server of the policy, as `ServedWork.memory` has them."""
     width = 4 if config.phase.precision == "fp32" else 2
+    # A server of the reward model, which has the policy's architecture, computes in bf16 on GPUs: it holds no more.
     weights = width * config.model.parameters(config.padded_vocab_size)["total"]
     beside = vllm_server.memory_beside_weights(config.model, config.padded_vocab_size, width, gpus)
     # On cores, all memory of a server is the host's.
@@ -227,8 +242,10 @@ def sampler_bytes(config: AnyConfig) -> int:
 
 
 def scorer_bytes(config: AnyConfig) -> int:
-    """Returns the bytes of the reward model, in fp32 on the device of rank 0, if it scores answers."""
-    scores = isinstance(config, RlTrainConfig) and any(task.verifier == "reward-model" for task in config.phase.tasks)
+    """Returns the bytes of the reward model, in fp32 on the device of rank 0, if it scores answers there."""
+    if not isinstance(config, RlTrainConfig) or config.phase.scoring_servers:
+        return 0
+    scores = any(task.verifier == TRAINED for task in config.phase.tasks)
     return MASTER * config.model.parameters(config.padded_vocab_size)["total"] if scores else 0
 
 
@@ -303,6 +320,7 @@ def estimate(
             memory=partial(_server_memory, config),
             assumed=ASSUMED,
             places=max(1, len(sampling.url)),
+            scorers=phase.scoring_servers if isinstance(phase, RlPhase) else 0,
         )
         if sampling is not None
         else None,

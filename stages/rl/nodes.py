@@ -9,6 +9,7 @@ from typing import Any
 from pipeline.graph.dag import NodeSpec
 from stages.models.base import ModelConfig
 from stages.rl.config import Distillation, DpoPhase, RewardPhase, RlPhase
+from stages.rl.preference_pairs import PreferenceSection
 from stages.train.nodes import TrainedModel, published_dtype, training_config
 
 
@@ -17,7 +18,8 @@ class PostTraining:
     """The sections of a recipe that learn from answers, and what their nodes share.
 
     Attributes:
-        rlvr: Section of RLVR; None, as of the next three, if the recipe has none.
+        rlvr: Section of RLVR; None, as of the next four, if the recipe has none.
+        preferences: Section of pairs from files.
         dpo: Section of DPO.
         reward_model: Section of the reward model.
         online_rlhf: Section of online RLHF.
@@ -29,6 +31,7 @@ class PostTraining:
     """
 
     rlvr: RlPhase | None
+    preferences: PreferenceSection | None
     dpo: DpoPhase | None
     reward_model: RewardPhase | None
     online_rlhf: RlPhase | None
@@ -62,11 +65,19 @@ def offline_nodes(sections: PostTraining) -> list[NodeSpec]:
     if rlvr := sections.rlvr:
         specs += _phase_nodes(sections, "rlvr", "rlvr", rlvr, {"init": base}, rlvr.tasks, {"name": "rlvr"})
         base = "rlvr"
+    if preferences := sections.preferences:
+        config = {name: getattr(preferences, name) for name in PreferenceSection.model_fields}
+        inputs = {"tokenizer": "tokenizer", "items": "items"}
+        if sections.benchmark_ngram is not None:
+            config, inputs = config | {"ngram": sections.benchmark_ngram}, inputs | {"benchmarks": "benchmarks"}
+        specs.append(NodeSpec("preferences", "preferences", config | {"seed": sections.seed}, inputs))
     if dpo := sections.dpo:
         tasks = (*dpo.preferences.tasks, *(dpo.sft_tasks.tasks if dpo.sft_tasks else ()))
-        specs += _phase_nodes(sections, "dpo", "dpo", dpo, {"init": base}, tasks)
+        stored = {"preferences": "preferences"} if dpo.stored_pairs else {}
+        specs += _phase_nodes(sections, "dpo", "dpo", dpo, {"init": base, **stored}, tasks)
     if reward := sections.reward_model:
-        specs += _phase_nodes(sections, "reward", "reward", reward, {"pairs": "dpo", "init": base})
+        pairs = {"preferences": "preferences"} if preferences else {"pairs": "dpo"}
+        specs += _phase_nodes(sections, "reward", "reward", reward, {**pairs, "init": base})
     return specs
 
 

@@ -72,8 +72,8 @@ class ChatTokenizer(Protocol):
     end: int
     turn_end: int
 
-    def encode_question(self, text: str) -> list[int]:
-        """Returns the token ids of a question up to the assistant's turn."""
+    def encode_question(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+        """Returns the token ids of messages up to the assistant's turn."""
 
     def encode_text(self, text: str) -> list[int]:
         """Returns the token ids of a text, in which names of special tokens are ordinary text."""
@@ -147,6 +147,8 @@ class Verifier(ABC):
         """Frees what it holds, child processes included."""
 
 
+# The verifier that is trained after the tasks are drawn, so that none of its rewards is known.
+TRAINED = "reward-model"
 # {verifier: its class}. Importing one is cheap; packages are imported when it is constructed.
 VERIFIERS = {
     "courtesy": "stages.rl.rewards.frozen_scorer:Courtesy",
@@ -230,6 +232,7 @@ TASK_SOURCES = {
     "instructions": "stages.rl.rollout.task_sources.procedural_tasks:InstructionTasks",
     "reasoning-gym": "stages.rl.rollout.task_sources.procedural_tasks:ReasoningGymTasks",
     "hub": "stages.rl.rollout.task_sources.stored_tasks:HubTasks",
+    "hub-prompts": "stages.rl.rollout.task_sources.stored_tasks:HubPrompts",
     "rows": "stages.rl.rollout.task_sources.stored_tasks:FileTasks",
 }
 extend("task_sources", TASK_SOURCES)

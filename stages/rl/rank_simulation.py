@@ -54,6 +54,8 @@ def update(config: AnyConfig) -> Update:
                 settings = config.model_copy(update={"model": config.teacher})
                 teachers.append(FrozenModel(settings, engine.ranks, config.padded_vocab_size))
             batch = grpo.with_logprobs(teachers[0], batch, "teacher")
+        if isinstance(phase, DpoPhase) and phase.stored_pairs is not None:
+            batch = grpo.with_logprobs(engine, batch, "start")
         # No number matters here: shapes and memory are what is simulated.
         engine.step(batch, 1e-3, lambda loss, norm: None, objective=minimize)
 
@@ -92,7 +94,9 @@ def _example(phase: RlPhase | DpoPhase | RewardPhase, kind: Examples, place: int
     if isinstance(phase, RlPhase):
         row, by_token = {"advantage": 1.0, "weight": 1.0}, {"sampler": ones, "replay": ones}
     elif isinstance(phase, DpoPhase):
-        row, by_token = {"pair": float(kind.unit > 1)}, {"reference": ones, "anchor": ones}
+        row, by_token = {"pair": float(kind.unit > 1), "stored": 0.0}, {"reference": ones, "anchor": ones}
+    else:
+        row = {"longer": 1.0}
     return Example(ids, kind.question, row, by_token)
 
 

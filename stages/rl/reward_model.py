@@ -1,4 +1,4 @@
-"""A reward model, trained on the scored pairs of the policy's answers.
+"""A reward model, trained on pairs of answers: of files, or of the policy's scored answers.
 
 atom run atom-tiny --until reward
 """
@@ -12,14 +12,14 @@ from stages.rl import estimates
 from stages.rl.config import RewardTrainConfig
 from stages.rl.rlvr import training_functions
 
-VERSION = 4
+VERSION = 5
 
 
 def run(config: RewardTrainConfig, inputs: Inputs, work: Path, out: Path, report: Report) -> None:
     """Trains the reward model.
 
-    The inputs are `init`, the policy that initializes the model, `pairs`, a dpo artifact, and `tokenizer`. Fills `out`
-    with step-<n>/, training.jsonl, and summary.json with the accuracy on held-out pairs.
+    The inputs are `init`, the policy that initializes the model, `preferences` or `pairs`, a dpo artifact, and
+    `tokenizer`. Fills `out` with step-<n>/, training.jsonl, and summary.json with the accuracy on held-out pairs.
 
     Raises:
         AtomError: There are too few pairs; and what stages.train.trainer.train raises.
@@ -32,7 +32,8 @@ def run(config: RewardTrainConfig, inputs: Inputs, work: Path, out: Path, report
 
 
 def estimate(config: RewardTrainConfig) -> Estimate:
-    tokens = config.phase.steps * 2 * config.phase.pairs * estimates.PAIR_TOKENS
+    length = config.phase.max_tokens or estimates.PAIR_TOKENS
+    tokens = config.phase.steps * 2 * config.phase.pairs * length
     # Nothing is drawn, so the rate of a core is that of training alone.
     return estimates.estimate(config, tokens, 3, 4e10)
 

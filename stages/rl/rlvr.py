@@ -14,13 +14,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pipeline.core.stage import TRANSFORMERS, Estimate, Inputs, RankSimulation, Report, Stage
+from pipeline.core.stage import TRANSFORMERS, Estimate, Inputs, RankSimulation, Report, ServerPlace, Stage
 from stages.generation.samplers import serve, takes_servers
 from stages.mcore.gpu_environment import variables
 from stages.rl import estimates
-from stages.rl.config import RlTrainConfig, lack
+from stages.rl.config import RlTrainConfig, SampledConfig, lack
 
-VERSION = 7
+VERSION = 8
 
 
 def run(config: RlTrainConfig, inputs: Inputs, work: Path, out: Path, report: Report) -> None:
@@ -76,9 +76,24 @@ def sampling_functions() -> dict[str, Any]:
     return training_functions() | {
         "promise": lambda config: config.phase.promise,
         "lack": lambda config: lack(config.phase),
-        "takes_servers": lambda config: takes_servers(config.phase.sampling),
-        "serve": lambda config, place: serve(config.phase.sampling, place),
+        "takes_servers": lambda config: takes_servers(config.phase.sampling) or config.phase.scoring_servers > 0,
+        "serve": serve_phase,
     }
+
+
+def serve_phase(config: SampledConfig, place: ServerPlace) -> None:
+    """Runs a server of a phase until the phase has ended: the first ones score, the others draw.
+
+    Raises:
+        MachineError: The server dies.
+        AtomError: A requirement is missing.
+    """
+    if place.number < config.phase.scoring_servers:
+        from stages.rl.rewards import reward_server
+
+        reward_server.serve(place)
+    elif takes_servers(config.phase.sampling):
+        serve(config.phase.sampling, place)
 
 
 STAGE = Stage("rlvr", VERSION, RlTrainConfig, run, estimate=estimate, **sampling_functions())

@@ -34,6 +34,12 @@ def right_answer(row: Row) -> str | None:
     return None if gold is None else str(gold)
 
 
+def messages_of(row: Row) -> Sequence[Mapping[str, Any]]:
+    """Returns the messages up to the answer, of which the last is the user's."""
+    messages: Sequence[Mapping[str, Any]] = row["responses_create_params"]["input"]
+    return messages
+
+
 def question(row: Row) -> str:
     """Returns the user's question: the content of the last message."""
-    return str(row["responses_create_params"]["input"][-1]["content"])
+    return str(messages_of(row)[-1]["content"])

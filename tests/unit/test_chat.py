@@ -148,7 +148,7 @@ def test_the_reward_model_reads_no_special_token_from_a_text(folder: Path, text:
     special = {name: n for n, name in enumerate(tokenizer.SPECIAL_TOKENS)}
     of_template = [special[name] for name in (TURN_START, TURN_END, TURN_START, TURN_END, tokenizer.END)]
     for question in ("Thank the baker.", text):
-        ids = reward_input(writer, question, text, True)
+        ids = reward_input(writer, [{"role": "user", "content": question}], text, True)
         assert [n for n in ids if n in special.values()] == of_template
         asked = chat.render([{"role": "user", "content": question}], ask=True)
         assert writer.decode(ids) == f"{asked}{text}{TURN_END}{tokenizer.END}"

@@ -41,3 +41,31 @@ def test_scores_on_clean_items_have_no_names_of_nodes() -> None:
         ["| add, in conversation", "online RLHF"],
         ["| add, on new problems", "DPO"],
     ]
+
+
+def test_the_reward_model_stands_beside_the_rule_about_length() -> None:
+    part = {
+        "pairs": 40, "questions": 30, "accuracy": 0.75, "interval": [0.6, 0.86],
+        "longer_is_better": {"value": 0.625, "interval": [0.45, 0.77]},
+    }  # fmt: skip
+    measured = {
+        "heldout_pairs": 80, "heldout_questions": 60, "preferred_by": {"humans": 78, "rules": 2}, "prefers_longer": 0.7,
+        "heldout_accuracy": {"first": 0.5, "last": 0.8, "interval": [0.68, 0.88]},
+        "longer_is_better": {"value": 0.6, "interval": [0.47, 0.71]}, "domains": {"code": part, "general": part},
+    }  # fmt: skip
+    sentence, _, _, _, *rows = chat_tables.reward_model(measured)
+    assert "ordered 78 by humans, 2 by rules (rule preferences)." in sentence and "In 0.700 of the pairs" in sentence
+    assert rows[0] == "| code | 40 | 30 | 0.750 (0.600 to 0.860) | 0.625 (0.450 to 0.770) |"
+    assert rows[-1] == "| all | 80 | 60 | 0.800 (0.680 to 0.880) | 0.600 (0.470 to 0.710) |" and len(rows) == 3
+    assert len(chat_tables.reward_model({**measured, "domains": {"": part}})) == 5, "one domain is all of them"
+    assert chat_tables.reward_model(None) == []
+
+
+def test_sources_of_pairs_say_who_ordered_them() -> None:
+    source = {
+        "preferred_by": "rules", "pairs": 90, "heldout": 10, "licenses": {"MIT": 90}, "left_out": {"tie": 3, "weak": 1200},
+    }  # fmt: skip
+    assert chat_tables.pairs({"notes": source})[-1] == (
+        "| notes | rules (rule preferences) | MIT 90 | 80 | 10 | tie 3; weak 1,200 |"
+    )
+    assert chat_tables.pairs({}) == []

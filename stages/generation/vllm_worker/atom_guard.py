@@ -28,8 +28,9 @@ from typing import Any
 from atom_secret import VARIABLE, is_signed, read, sign  # type: ignore[import-not-found]
 
 HEALTH = "/health"
-# The paths that this project uses; the last two in tests.
+# The paths that this project uses: two of its own server of a reward model, and vLLM's, the last two in tests.
 PATHS = {
+    "/atom/model", "/atom/score",
     HEALTH, "/inference/v1/generate", "/init_weight_transfer_engine", "/start_weight_update", "/update_weights",
     "/finish_weight_update", "/pause", "/resume", "/is_paused", "/weight_info",
 }  # fmt: skip

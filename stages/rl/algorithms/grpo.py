@@ -176,6 +176,7 @@ class GrpoTrainer(PolicyTrainer):
         metrics = {
             "reward": sum(r.reward for r in answers) / len(answers),
             "rewards": rollouts.mean_rewards((r.kind, r.reward) for r in answers),
+            "length_correlation": rollouts.length_correlation(answers),
             "answers": len(answers),
             "groups": len({(r.wave, r.group) for r in answers if r.dropped not in rollouts.WHOLE_GROUPS}),
             "completion_length": sum(lengths) / len(answers),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import random
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 
@@ -15,10 +17,12 @@ from pipeline.core.store import Artifact
 from stages.confidence import wilson
 from stages.formats.seeds import seed_label, seed_of
 from stages.formats.table import arrow_schema, read_table, require_columns, write_rows
+from stages.rl import preference_pairs
 from stages.rl.algorithms import losses
+from stages.rl.algorithms.grpo import with_logprobs
 from stages.rl.config import DpoPhase, DpoTrainConfig, PromptPool, RewardPhase, RewardTrainConfig
 from stages.rl.policy import PolicyTrainer, PostTrainer
-from stages.rl.rewards.reward_model import reward_input
+from stages.rl.rewards.reward_model import RewardModel, reward_input
 from stages.rl.rollout import generation, rollouts, tasks
 from stages.rl.rollout.batches import Example, build_rank_batch
 from stages.rl.rollout.curriculum import Curriculum
@@ -27,8 +31,11 @@ from stages.tasks import Row, question
 from stages.train.data import Batch, RankBatch
 from stages.train.engine import Objective
 
-# The most held-out pairs that a reward model is evaluated on.
-HELDOUT_PAIRS = 400
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+# The most held-out pairs that a reward model is evaluated on: of dpo, and of files, whose domains are many.
+HELDOUT_PAIRS, HELDOUT_STORED_PAIRS = 400, 2000
 
 
 class Dpo(PolicyTrainer):
@@ -45,6 +52,11 @@ class Dpo(PolicyTrainer):
         preference_kinds = set(tasks.kinds_of(phase.preferences.tasks))
         preference_tasks = [row for row in self.rows if row["kind"] in preference_kinds]
         self.prompts = Curriculum(preference_tasks, f"{seed_label(self.name)}/ask", seed, uniform=True)
+        # Pairs of the section preferences, all of which are read once before any is read again.
+        self.stored: StoredPairs | None = None
+        if stored := phase.stored_pairs:
+            self.stored = StoredPairs(preference_pairs.read(self.inputs["preferences"], False, stored.max_tokens))
+            self.stored_order = PairOrder(len(self.stored), stored.count, f"{seed_label(self.name)}/stored", seed)
         self.skills = None
         if phase.sft_tasks is not None:
             skill_tasks = [row for row in self.rows if row["kind"] not in preference_kinds]
@@ -73,53 +85,71 @@ class Dpo(PolicyTrainer):
         metrics: dict[str, Any] = {
             "reward": sum(r.reward for r in scored) / len(scored),
             "rewards": rollouts.mean_rewards((r.kind, r.reward) for r in scored),
+            "length_correlation": rollouts.length_correlation(scored),
             "pairs": len(pairs),
             "anchors": len(correct),
             "answers": len(answers),
             "policy": digest,
         }
+        stored = [] if self.stored is None else [self.stored[n] for n in self.stored_order.of_step(step)]
+        if self.stored is not None:
+            metrics["stored_pairs"] = len(stored)
         # Every update needs a pair; a round with fewer learns nothing, and is sealed with that reason.
-        if len(pairs) < self.phase.updates:
+        if len(pairs) < self._pairs_needed:
             return metrics | {"idle": True}
         rng = random.Random(seed_of(f"{seed_label(self.name)}/round/{step}", self.config.seed))
         # The order is drawn anew for each round, since pairs come by task; all ranks draw the same.
         rng.shuffle(pairs)
         rng.shuffle(correct)
-        for number in range(self.phase.updates):
-            update_pairs = pairs[number :: self.phase.updates]
-            figures, gap = self._update(step, number, update_pairs, correct[number :: self.phase.updates])
+        updates = self.phase.updates
+        parts = [(pairs[n::updates], stored[n::updates], correct[n::updates]) for n in range(updates)]
+        batches = [self._batch(*part) for part in parts]
+        if self.stored is not None:
+            # Before the first update, since the policy of now is the reference of pairs that it did not draw.
+            batches = [with_logprobs(self.engine, batch, "start") for batch in batches]
+        for number, (batch, (update_pairs, update_stored, _)) in enumerate(zip(batches, parts, strict=True)):
+            figures, gap = self._update(step, number, batch, len(update_pairs) + len(update_stored))
             metrics |= figures
             if number == 0:  # no update since the answers were drawn
                 self.require_small_gap(step, gap["sampler_gap"], digest, answers)
                 metrics |= gap
         return metrics
 
-    def _update(
-        self, step: int, number: int, pairs: Sequence[tuple[Rollout, Rollout]], correct: Sequence[Rollout]
-    ) -> tuple[dict[str, Any], dict[str, float]]:
-        """Makes one update. Returns the metrics for the log, and the gap of policy and reference before it.
+    @property
+    def _pairs_needed(self) -> int:
+        """The pairs of its own answers without which a round is idle."""
+        return self.phase.updates - (self.phase.stored_pairs.count if self.phase.stored_pairs else 0)
 
-        The reference log-probabilities are those with which the answers were drawn.
+    def _batch(
+        self, pairs: Sequence[tuple[Rollout, Rollout]], stored: Sequence[Pair], correct: Sequence[Rollout]
+    ) -> RankBatch:
+        """Returns this rank's part of an update.
+
+        The reference log-probabilities of drawn answers are those with which they were drawn.
         """
-        tokens = sum(len(r.ids) for r in correct)
+        tokens, count = sum(len(r.ids) for r in correct), len(pairs) + len(stored)
         # The engine divides by the number of pairs, so the mean over the tokens of correct answers is made here.
-        weight = self.phase.nll_coef * len(pairs) / tokens if tokens else 0.0
+        weight = self.phase.nll_coef * count / tokens if tokens else 0.0
         # The two answers of a pair stay in one micro-batch, since the loss compares them.
         units = [[_example(r, pair=1.0, anchor=0.0) for r in pair] for pair in pairs]
+        units += [_stored_examples(self.policy.chat, pair) for pair in stored]
         units += [[_example(r, pair=0.0, anchor=weight)] for r in correct]
         self.tokens += sum(len(example.ids) - example.start for unit in units for example in unit)
-        rank_batch = build_rank_batch(
-            units, self.phase.micro_batches, self.engine.ranks, self.policy.chat.pad, len(pairs)
-        )
+        return build_rank_batch(units, self.phase.micro_batches, self.engine.ranks, self.policy.chat.pad, count)
+
+    def _update(
+        self, step: int, number: int, rank_batch: RankBatch, count: int
+    ) -> tuple[dict[str, Any], dict[str, float]]:
+        """Makes one update of so many pairs. Returns metrics for the log, and the gap of policy and sampler before."""
         lr = self.learning_rate((step - 1) * self.phase.updates + number + 1)
         figures = self.engine.step(rank_batch, lr, self.update_check(step), objective=dpo(self.phase.beta))
         extras = figures.extras
-        gap = {"sampler_gap": extras["gap"] / extras["tokens"], "max_sampler_gap": extras["max_gap"]}
+        gap = {"sampler_gap": extras["gap"] / max(extras["tokens"], 1), "max_sampler_gap": extras["max_gap"]}
         metrics = {
-            "pair_loss": (figures.loss * len(pairs) - extras["anchor"]) / len(pairs),
-            "pair_accuracy": extras["accuracy"] / len(pairs),
-            "pair_margin": extras["margin"] / len(pairs),
-            "anchor_loss": extras["anchor"] / len(pairs),
+            "pair_loss": (figures.loss * count - extras["anchor"]) / count,
+            "pair_accuracy": extras["accuracy"] / count,
+            "pair_margin": extras["margin"] / count,
+            "anchor_loss": extras["anchor"] / count,
         }
         return figures.metrics(lr) | metrics, gap
 
@@ -128,7 +158,7 @@ class Dpo(PolicyTrainer):
         answers = self._draw_wave(step, 0, digest, self.prompts, self.phase.preferences)
         pairs = [best_and_worst(group_answers, self.phase.min_margin) for group_answers in group_by_task(answers)]
         # The condition is that of `train_step`: a round with too few pairs is idle.
-        drop_reason = "" if sum(pair is not None for pair in pairs) >= self.phase.updates else "idle"
+        drop_reason = "" if sum(pair is not None for pair in pairs) >= self._pairs_needed else "idle"
         paired = {(r.group, r.sample) for pair in pairs for r in pair or ()}
         answers = [replace(r, dropped=drop_reason if (r.group, r.sample) in paired else "between") for r in answers]
         self.files.write(step, 0, answers)
@@ -216,7 +246,17 @@ def pair_row(row: Row, chosen: Rollout, rejected: Rollout) -> dict[str, Any]:
 
 def _example(r: Rollout, pair: float, anchor: float) -> Example:
     tokens = {"reference": r.logprobs, "anchor": [anchor] * len(r.ids)}
-    return Example([*r.prompt_ids, *r.ids], len(r.prompt_ids), {"pair": pair}, tokens)
+    return Example([*r.prompt_ids, *r.ids], len(r.prompt_ids), {"pair": pair, "stored": 0.0}, tokens)
+
+
+def _stored_examples(chat: generation.Chat, pair: Pair) -> list[Example]:
+    """Returns both answers of a pair from files, as the policy would have drawn them."""
+    asked, examples = chat.encode_question(pair.messages), []
+    for text in (pair.chosen, pair.rejected):
+        ids = [*chat.encode_text(text), chat.turn_end]
+        tokens = {"reference": [0.0] * len(ids), "anchor": [0.0] * len(ids)}
+        examples.append(Example([*asked, *ids], len(asked), {"pair": 1.0, "stored": 1.0}, tokens))
+    return examples
 
 
 def dpo(beta: float) -> Objective:
@@ -226,14 +266,17 @@ def dpo(beta: float) -> Objective:
     """
 
     def compute(cross_entropy: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        pair_rows = batch.extras["pair"] > 0
+        pair_rows, drawn_rows = batch.extras["pair"] > 0, (batch.extras["pair"] > 0) & (batch.extras["stored"] == 0)
+        reference = batch.extras["reference"]
+        if "start" in batch.extras:
+            reference = torch.where(batch.extras["stored"][:, None] > 0, batch.extras["start"], reference)
         loss, figures = losses.dpo_loss(
-            -cross_entropy[pair_rows], batch.extras["reference"][pair_rows], batch.loss_mask[pair_rows], beta
+            -cross_entropy[pair_rows], reference[pair_rows], batch.loss_mask[pair_rows], beta
         )
         # The weight of each token is in the extras: nll_coef, by the pairs of the update and the tokens of its anchors.
         anchor_loss = (cross_entropy * batch.extras["anchor"]).sum()
-        mask = batch.loss_mask[pair_rows].bool()
-        gap = (-cross_entropy[pair_rows] - batch.extras["reference"][pair_rows]).detach().abs().masked_fill(~mask, 0.0)
+        mask = batch.loss_mask[drawn_rows].bool()
+        gap = (-cross_entropy[drawn_rows] - reference[drawn_rows]).detach().abs().masked_fill(~mask, 0.0)
         gaps = {"gap": gap.sum(), "max_gap": gap.amax() if gap.numel() else gap.sum(), "tokens": mask.sum()}
         return loss + anchor_loss, figures | {"anchor": anchor_loss.detach()} | gaps
 
@@ -241,7 +284,7 @@ def dpo(beta: float) -> Objective:
 
 
 class Reward(PostTrainer):
-    """A reward model, trained on the pairs of a DPO phase by the Bradley-Terry loss."""
+    """A reward model, trained on pairs from files or of a DPO phase by the Bradley-Terry loss."""
 
     config: RewardTrainConfig
 
@@ -249,12 +292,20 @@ class Reward(PostTrainer):
         super().__init__(*args)
         phase = self.config.phase
         self.chat = generation.Chat(self.inputs["tokenizer"])
-        rows = read_pairs(self.inputs["pairs"])
-        # By question, so that no question is in both parts.
-        heldout = [row for row in rows if hash_fraction(row["question"]) < phase.heldout_fraction]
+        self.pairs: Sequence[Pair]
+        if "preferences" in self.inputs:
+            longest = min(phase.max_tokens or self.config.model.context_length, self.config.model.context_length)
+            self.pairs = StoredPairs(preference_pairs.read(self.inputs["preferences"], False, longest))
+            heldout = list(StoredPairs(preference_pairs.read(self.inputs["preferences"], True, longest)))
+            most = HELDOUT_STORED_PAIRS
+        else:
+            pairs = [Pair.of_dpo(row) for row in read_pairs(self.inputs["pairs"])]
+            # By question, so that no question is in both parts.
+            heldout = [pair for pair in pairs if hash_fraction(pair.prompt) < phase.heldout_fraction]
+            self.pairs = [pair for pair in pairs if hash_fraction(pair.prompt) >= phase.heldout_fraction]
+            most = HELDOUT_PAIRS
         # By another hash, so that the sample has pairs of many questions.
-        self.heldout = sorted(heldout, key=lambda row: hash_fraction(row["chosen"] + row["rejected"]))[:HELDOUT_PAIRS]
-        self.pairs = [row for row in rows if hash_fraction(row["question"]) >= phase.heldout_fraction]
+        self.heldout = sorted(heldout, key=lambda pair: hash_fraction(pair.chosen + pair.rejected))[:most]
         self.order = PairOrder(len(self.pairs), phase.pairs, seed_label(self.name), self.config.seed)
         if not self.pairs or not self.heldout:
             raise AtomError(
@@ -277,41 +328,63 @@ class Reward(PostTrainer):
     def measure(self, step: int) -> dict[str, Any] | None:
         if step % self.phase.validate_every and step != self.phase.steps:
             return None
-        loss, figures = self.engine.figures(self._rank_batch(self._units(self.heldout)), bradley_terry)
-        n = len(self.heldout)
+        n, sums, correct = len(self.heldout), Counter[str](), {}
+        for domain, pairs in self._by_domain().items():
+            correct[domain] = 0.0
+            # As many at once as in training, for which the memory is planned.
+            for start in range(0, len(pairs), self.phase.pairs):
+                part = pairs[start : start + self.phase.pairs]
+                loss, figures = self.engine.figures(self._rank_batch(self._units(part)), bradley_terry)
+                sums.update({**figures, "loss": loss * len(part)})
+                correct[domain] += figures["accuracy"]
         # The mean score, with which the verifier reward-model compares an answer.
-        center = (figures["chosen"] + figures["rejected"]) / 2 / n
-        metrics = {"heldout_accuracy": figures["accuracy"] / n, "heldout_loss": loss, "centre": center}
+        center = (sums["chosen"] + sums["rejected"]) / 2 / n
+        metrics = {
+            "heldout_accuracy": sums["accuracy"] / n,
+            "heldout_loss": sums["loss"] / n,
+            "centre": center,
+            "prefers_longer": sums["prefers_longer"] / n,
+        }
         if self.first:
             self.report.metric(step, **metrics)
-        return metrics
+        return metrics | {"correct": correct}
 
     def write_outputs(self, out: Path) -> dict[str, Any]:
         measurements = [x for x in self.log.lines() if "heldout_accuracy" in x]
-        last_accuracy, n = measurements[-1]["heldout_accuracy"], len(self.heldout)
-        questions = len({row["question"] for row in self.heldout})
-        interval = list(wilson(last_accuracy * questions, questions))  # as if the pairs of a question were one
+        last, n = measurements[-1], len(self.heldout)
+        accuracy = accuracy_of(self.heldout, last["heldout_accuracy"] * n)
         return {
             "pairs": len(self.pairs),
             "heldout_pairs": n,
-            "heldout_questions": questions,
-            "centre": measurements[-1]["centre"],
+            "heldout_questions": accuracy["questions"],
+            "preferred_by": dict(sorted(Counter(pair.preferred_by for pair in self.heldout).items())),
+            "centre": last["centre"],
             "heldout_accuracy": {
                 "first": measurements[0]["heldout_accuracy"],
-                "last": last_accuracy,
-                "interval": interval,
+                "last": last["heldout_accuracy"],
+                "interval": accuracy["interval"],
+            },
+            "longer_is_better": accuracy["longer_is_better"],
+            "prefers_longer": last["prefers_longer"],
+            "domains": {
+                domain: accuracy_of(pairs, last["correct"][domain]) for domain, pairs in self._by_domain().items()
             },
         }
 
-    def _units(self, pairs: Sequence[dict[str, Any]]) -> list[list[Example]]:
+    def _by_domain(self) -> dict[str, list[Pair]]:
+        """Returns the held-out pairs by domain, in the order of the names."""
+        domains: dict[str, list[Pair]] = {}
+        for pair in self.heldout:
+            domains.setdefault(pair.domain, []).append(pair)
+        return dict(sorted(domains.items()))
+
+    def _units(self, pairs: Sequence[Pair]) -> list[list[Example]]:
         units = []
-        for row in pairs:
-            input_ids = [
-                reward_input(self.chat, row["question"], row[side], row[f"{side}_finished"])
-                for side in ("chosen", "rejected")
-            ]
+        for pair in pairs:
+            answers = (pair.chosen, pair.chosen_finished), (pair.rejected, pair.rejected_finished)
+            input_ids = [reward_input(self.chat, pair.messages, *answer) for answer in answers]
             # The last token alone is a target: its log-probability is the score.
-            units.append([Example(ids, len(ids) - 1) for ids in input_ids])
+            units.append([Example(ids, len(ids) - 1, {"longer": pair.longer}) for ids in input_ids])
         return units
 
     def _rank_batch(self, units: list[list[Example]]) -> RankBatch:
@@ -319,10 +392,106 @@ class Reward(PostTrainer):
 
 
 def bradley_terry(cross_entropy: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Returns the Bradley-Terry loss of pairs; a score is the log-probability of one token after the answer."""
+    """Returns the Bradley-Terry loss of pairs; a score is the log-probability of one token after the answer.
+
+    The figure `prefers_longer` counts pairs whose longer answer scores higher; where they are as long, half of them.
+    """
     # An empty micro-batch has a masked row, which is half of no pair.
     pair_rows = batch.loss_mask.any(1)
-    return losses.dpo_loss(-cross_entropy[pair_rows], None, batch.loss_mask[pair_rows], 1.0)
+    loss, figures = losses.dpo_loss(-cross_entropy[pair_rows], None, batch.loss_mask[pair_rows], 1.0)
+    longer, margin = batch.extras["longer"][pair_rows][::2], -cross_entropy.detach()[pair_rows]
+    margin = margin.sum(1)[::2] - margin.sum(1)[1::2]
+    return loss, figures | {"prefers_longer": ((torch.sign(margin) * longer + 1) / 2).sum()}
+
+
+def accuracy_of(pairs: Sequence[Pair], correct: float) -> dict[str, Any]:
+    """Returns the accuracy on pairs with its interval, beside that of the rule that prefers the longer answer.
+
+    The intervals count prompts, as if the pairs of one were one.
+
+    Args:
+        pairs: The pairs.
+        correct: Number of them that are ordered correctly.
+    """
+    n, questions = len(pairs), len({pair.prompt for pair in pairs})
+    longer = sum((pair.longer + 1) / 2 for pair in pairs) / n
+    return {
+        "pairs": n,
+        "questions": questions,
+        "accuracy": correct / n,
+        "interval": list(wilson(correct / n * questions, questions)),
+        "longer_is_better": {"value": longer, "interval": list(wilson(longer * questions, questions))},
+    }
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two answers to one prompt, the better first.
+
+    Attributes:
+        messages: The messages up to the answers.
+        chosen: The better answer.
+        rejected: The other answer.
+        chosen_finished: Whether it ended by itself.
+        rejected_finished: Whether it ended by itself.
+        domain: The domain by which accuracy is measured.
+        preferred_by: Who ordered them: humans, AI or rules.
+    """
+
+    messages: Sequence[Mapping[str, Any]]
+    chosen: str
+    rejected: str
+    chosen_finished: bool
+    rejected_finished: bool
+    domain: str
+    preferred_by: str
+
+    @classmethod
+    def of_dpo(cls, row: Mapping[str, Any]) -> Pair:
+        """Returns the pair of a row of a dpo phase, whose verifier orders the policy's answers by rules."""
+        messages = [{"role": "user", "content": row["question"]}]
+        texts = {name: row[name] for name in ("chosen", "rejected", "chosen_finished", "rejected_finished")}
+        preferred_by = "AI" if row["judge"] == RewardModel.name else "rules"
+        return cls(messages, **texts, domain=row["judge"], preferred_by=preferred_by)
+
+    @property
+    def prompt(self) -> str:
+        """The text whose hash says on which side the pair is."""
+        return str(self.messages[-1]["content"]) if len(self.messages) == 1 else json.dumps(list(self.messages))
+
+    @property
+    def longer(self) -> float:
+        """1 if the better answer has more characters, -1 if it has fewer, and 0 if both have as many."""
+        gap = len(self.chosen) - len(self.rejected)
+        return float((gap > 0) - (gap < 0))
+
+
+class StoredPairs(Sequence[Pair]):
+    """The pairs of preferences.parquet, of which one at a time is a Python object.
+
+    Args:
+        table: Rows that `preference_pairs.read` returns.
+    """
+
+    def __init__(self, table: pa.Table) -> None:
+        columns = ["messages", "chosen", "rejected", "domain", "preferred_by"]
+        self.table = table.select(columns).combine_chunks()
+
+    def __len__(self) -> int:
+        return int(self.table.num_rows)
+
+    @overload
+    def __getitem__(self, index: int) -> Pair: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Pair]: ...
+    def __getitem__(self, index: int | slice) -> Pair | list[Pair]:
+        if isinstance(index, slice):
+            return [self[n] for n in range(*index.indices(len(self)))]
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        row = {name: self.table[name][index].as_py() for name in self.table.column_names}
+        # Answers of files are whole.
+        return Pair(**{**row, "messages": json.loads(row["messages"])}, chosen_finished=True, rejected_finished=True)
 
 
 def read_pairs(artifact: Artifact) -> list[dict[str, Any]]:

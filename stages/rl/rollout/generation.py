@@ -87,9 +87,9 @@ class Chat:
         """Returns the token ids between a turn that calls tools and the next one. No result ends its turn."""
         return self._encode_pieces(chat.after_calls(results))
 
-    def encode_question(self, text: str) -> list[int]:
-        """Returns the token ids of a question up to the assistant's turn, whatever its text is."""
-        return self._encode_pieces(chat.question_pieces(text))
+    def encode_question(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+        """Returns the token ids of messages up to the assistant's turn, whatever their texts are."""
+        return self._encode_pieces(chat.question_pieces(messages))
 
     def encode_text(self, text: str) -> list[int]:
         """Returns the token ids of a text, in which names of special tokens are ordinary text."""

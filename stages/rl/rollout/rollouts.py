@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import random
 import struct
 from collections.abc import Iterable, Mapping, Sequence
@@ -234,6 +235,27 @@ def mean_rewards(rewards: Iterable[tuple[str, float]]) -> dict[str, float]:
     for kind, reward in rewards:
         kinds.setdefault(kind, []).append(reward)
     return {kind: sum(values) / len(values) for kind, values in sorted(kinds.items())}
+
+
+def length_correlation(answers: Sequence[Rollout]) -> float | None:
+    """Returns the correlation of reward and length of answers, each less the mean of its group.
+
+    A policy that learns a reward with a high one learns to write more. None if all rewards or lengths of every group
+    are equal.
+    """
+    groups: dict[tuple[int, int], list[Rollout]] = {}
+    for r in answers:
+        groups.setdefault((r.wave, r.group), []).append(r)
+    reward_gaps, length_gaps = list[float](), list[float]()
+    for group in groups.values():
+        rewards, lengths = [r.reward for r in group], [r.length for r in group]
+        if len(set(rewards)) == 1:  # a mean that is rounded would differ from all of them
+            continue
+        reward_gaps += [reward - math.fsum(rewards) / len(group) for reward in rewards]
+        length_gaps += [length - sum(lengths) / len(group) for length in lengths]
+    product = math.fsum(a * b for a, b in zip(reward_gaps, length_gaps, strict=True))
+    scale = math.sqrt(math.fsum(a * a for a in reward_gaps) * math.fsum(b * b for b in length_gaps))
+    return product / scale if scale > 0 else None
 
 
 def consumption_digest(rollouts: Sequence[Rollout]) -> str:

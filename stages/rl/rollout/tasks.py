@@ -41,6 +41,7 @@ from stages.formats.seeds import seed_of
 from stages.formats.table import read_jsonl, write_json, write_jsonl
 from stages.rl.protocols import (
     TASK_SOURCES,
+    TRAINED,
     Answer,
     Parts,
     TaskSource,
@@ -54,8 +55,6 @@ from stages.tasks.benchmarks import texts_of as item_texts
 from stages.tasks.eval_set import chat_rows, texts_of
 
 VERSION = 6
-# The verifier that is trained after the tasks are drawn, so that none of its rewards is known.
-TRAINED = "reward-model"
 # The file of the probes of a phase's tasks.
 PROBES = "probes.json"
 # The mean reward above chance that an answer may earn without solving the task.

@@ -169,9 +169,11 @@ def test_each_recipe_leads_to_a_release(name: str) -> None:
         "exact", "math-verify", "python-tests", "reasoning-gym",
     }  # fmt: skip
     assert {source.verifier for source in config.dpo.preferences.tasks} <= {"courtesy"}
-    assert nodes["dpo"].inputs["init"] == "rlvr" and nodes["reward"].inputs["pairs"] == "dpo"
-    stages = [node for node in nodes.values() if node.stage.name in ("filter", "tasks", "contamination")]
-    assert len(stages) >= 4 and all(node.inputs["benchmarks"] == "benchmarks" for node in stages)
+    assert nodes["dpo"].inputs["init"] == "rlvr"
+    assert nodes["dpo"].inputs["preferences"] == nodes["reward"].inputs["preferences"] == "preferences"
+    assert {source.preferred_by for source in config.preferences.sources} == {"humans"}
+    stages = [node for node in nodes.values() if node.stage.name in ("filter", "tasks", "preferences", "contamination")]
+    assert len(stages) >= 5 and all(node.inputs["benchmarks"] == "benchmarks" for node in stages)
     assert tasks.ngram == graph.recipe.data.curation.decontamination.ngram
     assert {task_set.name for task_set in nodes["benchmarks"].config.sets} == {"arc", "gsm8k", "mmlu", "truthfulqa"}
     assert f"harness-{'online-rlhf' if config.online_rlhf else 'dpo'}" in nodes
@@ -247,7 +249,7 @@ def test_plan_of_a_cluster_recipe_is_light() -> None:
         "store = Store(Path('none'))\n"
         "found = dag.compose(recipe.load('atom-235b-a22b'), store, True)\n"
         "rows = plan.plan(found, dag.states(found, store), list(found.nodes))\n"
-        "assert tables.phases_table(rows).row_count == 12\n"
+        "assert tables.phases_table(rows).row_count == 13\n"
         "assert tables.supply_table(dag.supply(found)).row_count == 33\n"
         "heavy = {'torch', 'megatron', 'numpy', 'pyarrow', 'transformers', 'mlflow'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"

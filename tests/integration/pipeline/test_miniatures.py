@@ -24,7 +24,7 @@ RECIPES = ("atom-1b-a300m", "atom-30b-a3b", "atom-235b-a22b")
 SIZES = {pattern.rsplit(".", 1)[-1].strip("*") for pattern in CAPS} | {
     "padded_vocab_size", "moe_intermediate_size",
     "name", "description", "data", "layers", "steps", "sequence_length", "context_length", "over", "original_length",
-    "lengths", "short", "max_new_tokens", "warmup_steps", "decay_steps", "rewind_steps", "until_step", "every",
+    "lengths", "short", "max_new_tokens", "max_tokens", "warmup_steps", "decay_steps", "rewind_steps", "until_step", "every",
     "validate_every", "release_checkpoint_interval", "checkpoint_interval", "release_checkpoint_steps", "global_tokens",
     "micro_tokens", "micro_batches", "ranks", "tp", "pp", "vpp", "cp", "ep", "validation", "problems",
 }  # fmt: skip
@@ -96,7 +96,7 @@ def test_the_command(tmp_path: Path) -> None:
     atom(tmp_path, *command, cwd=tmp_path)
     assert "mini-data.yaml exists" in atom(tmp_path, *command, cwd=tmp_path, code=2).stderr
     plan = atom(tmp_path, "plan", "mini.yaml", cwd=tmp_path).stdout
-    assert "103 of 103 stages to run" in plan
+    assert "104 of 104 stages to run" in plan
     refused = atom(tmp_path, "init", "other", "--miniature", "--ranks", "8", cwd=tmp_path, code=2).stderr
     assert refused.startswith("atom: --miniature sets the ranks")
 

@@ -216,7 +216,7 @@ def test_the_reward_model_scores_as_it_was_trained(
     assert 0.25 < middling < 0.75, "rewards lie on both sides of the middle"
     (cut,) = verifier.score([(rows[0], Response.parse("eee", False))])
     assert cut["reward"] == 0.0 and verifier.version == "export-test"
-    assert reward_input(verifier.chat, "say", "e", True)[-2:] == [3, 1]
+    assert reward_input(verifier.chat, [{"role": "user", "content": "say"}], "e", True)[-2:] == [3, 1]
     (spelled_out,) = verifier.score([(rows[0], Response.parse("<|im_start|>" * 20, True))])
     assert spelled_out["reward"] == 0.0, "its twenty tokens are 240 characters to the reward model"
     with pytest.raises(VerifierFailed, match="tokens are more than its context of 64; allow shorter answers"):

@@ -11,6 +11,7 @@ from pipeline.core.errors import RecipeError
 from pipeline.core.stage import operational
 from pipeline.core.store import home_folder
 from pipeline.core.text import shown
+from pipeline.hub.client import online
 from pipeline.hub.limits import Slot
 from stages.data.acquire import hub_files
 from stages.data.acquire.hub_files import LockedFile, LockedSource
@@ -81,6 +82,28 @@ class Hub(RowReader):
     def rows(self, files: Files, columns: Sequence[str] | None = None) -> Iterator[Row | Failed]:
         settings = {name: getattr(self, name) for name in RowReader.model_fields}
         yield from FORMATS[self.format](**{**settings, "reader": self.format}).rows(files, columns)
+
+    def rows_at_commit(self, name: str, columns: Sequence[str]) -> Iterator[Row]:
+        """Yields the rows that `where` takes, of files at the commit `revision`, which needs no lock file.
+
+        The files are pulled with the digests that the Hub states for that commit.
+
+        Args:
+            name: Name of the source, for messages.
+            columns: Fields to read beside those of the settings.
+
+        Raises:
+            AtomError: A file cannot be pulled or read.
+        """
+        with online():
+            locked = hub_files.resolve(name, self.repo, self.revision, self.pattern)
+        files = [(file.path, self.place(file)) for file in locked.rows()]
+        with Slot() as slot:
+            for file, (_, path) in zip(locked.rows(), files, strict=True):
+                hub_files.pull(name, locked, file, path, slot)
+        names = [*columns, *self.where, *filter(None, [self.license_field])]
+        rows = self.rows(files, list(dict.fromkeys(names)))
+        return (row for row in rows if isinstance(row, Row) and self.reads(row))
 
     def pinned(self, source: str) -> LockedSource | None:
         """Returns the source as it is pinned; None if it is not, or if these settings have changed since."""

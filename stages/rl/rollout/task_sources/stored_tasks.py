@@ -1,4 +1,4 @@
-"""The task sources that read rows: `rows`, a file, and `hub`, a dataset on the Hub at a pinned commit.
+"""The task sources that read rows: `rows`, a file; `hub` and `hub-prompts`, a dataset on the Hub at a pinned commit.
 
 The digest of a file and the commit of a dataset are part of the key. The files of a dataset are pulled when the tasks
 are made, with the digests that the Hub states for that commit, into the folder of the reader `hub`.
@@ -18,14 +18,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import model_validator
 
-from pipeline.core.bounds import Key, License, Line, LongLine, Sha256, Text, Words
+from pipeline.core.bounds import Key, License, Line, LongLine, Range, Sha256, Text, Words
 from pipeline.core.errors import AtomError, RecipeError
-from pipeline.core.stage import operational
+from pipeline.core.stage import added, operational
 from pipeline.core.store import sha256_file
 from stages.data.acquire.hub_files import Commit
 from stages.data.acquire.readers.base import is_unicode
-from stages.data.acquire.readers.hub import FORMATS, HOME, Hub, Repo
-from stages.data.acquire.readers.row_files import Column, field_at
+from stages.data.acquire.readers.hub import HOME, Hub, Repo
+from stages.data.acquire.readers.row_files import Column, Values, field_at
 from stages.data.acquire.readers.row_files import Row as DataRow
 from stages.formats import chat
 from stages.formats.seeds import seed_of
@@ -161,22 +161,10 @@ class HubTasks(TaskSource):
 
     def _read(self) -> Iterator[DataRow]:
         """Yields the rows that can be read."""
-        from pipeline.hub.client import online
-        from pipeline.hub.limits import Slot
-        from stages.data.acquire import hub_files
-
         settings = self.model_dump(include={"repo", "revision", "pattern", "format", "path"})
-        name, reader = f"tasks {self.bins()[0]}", Hub(reader="hub", **settings).absolute(Path())
-        with online():
-            locked = hub_files.resolve(name, self.repo, self.revision, self.pattern)
-        files = [(file.path, reader.place(file)) for file in locked.rows()]
-        with Slot() as slot:
-            for file, (_, path) in zip(locked.rows(), files, strict=True):
-                hub_files.pull(name, locked, file, path, slot)
         columns = (self.question_field, self.answer_field, self.solution_field, self.setup_field)
-        reader_of_files = FORMATS[self.format].model_validate({"reader": self.format, "path": "."})
-        read = reader_of_files.rows(files, list(filter(None, columns)))
-        return (row for row in read if isinstance(row, DataRow))
+        reader = Hub(reader="hub", **settings).absolute(Path())
+        return reader.rows_at_commit(f"tasks {self.bins()[0]}", list(filter(None, columns)))
 
     def _candidate(self, name: str, fields: Mapping[str, Any]) -> tuple[Row, str] | None:
         """Returns a row as a task, and its right answer; None without a question or an answer to check."""
@@ -209,6 +197,81 @@ class HubTasks(TaskSource):
         origin = f"https://huggingface.co/datasets/{self.repo}/blob/{self.revision}/{name}"
         stated = {"license": self.license, "origin": origin}
         return to_row(name, prompt, self.verifier, self.kind, self.level, **fields, **stated), right
+
+
+class HubPrompts(TaskSource):
+    """Prompts of a dataset on the Hub, at a commit, whose answers a reward model scores.
+
+    A row whose prompt is no text or conversation up to the user's turn, or names a special token, is no task.
+    """
+
+    source: Literal["hub-prompts"]
+    """selects this kind of tasks"""
+    repo: Repo
+    """dataset repository"""
+    revision: Commit
+    """commit of the repository"""
+    pattern: Line
+    """pattern of the paths of files in the repository; * matches / as well"""
+    format: Literal["jsonl", "parquet"]
+    """reader of the files"""
+    prompt_field: Column
+    """field with the prompt, a text or a list of messages"""
+    where: Values = added({})
+    """values by the name of a field, such as `language: [english]`; rows with another value are left out"""
+    max_characters: Annotated[int, Range(1, 1e6)] = 8000
+    """maximum number of characters of a prompt; longer ones are left out"""
+    verifier: Literal["reward-model"] = "reward-model"
+    """verifier that scores the answers"""
+    kind: Kind
+    """kind of the tasks, which names their bin"""
+    level: Level = 1
+    """level of difficulty, which names their bin"""
+    count: Count
+    """maximum number of tasks, chosen by a seeded hash of the prompt"""
+    license: License
+    """SPDX license of the rows"""
+    license_evidence: Text
+    """text or URL that shows the license"""
+    path: LongLine = operational(f"{HOME}/hub")
+    """folder that keeps pulled files; it may be removed at any time"""
+
+    def bins(self) -> list[str]:
+        return [f"{self.kind}/{self.level}"]
+
+    def rows(self, seed: int, excluded: set[str]) -> Iterator[Row]:
+        """Yields the prompts.
+
+        Raises AtomError if no row has one, or a file cannot be read; and what `hub_files.pull` raises.
+        """
+        name, salt = self.bins()[0], f"{seed_of(f'tasks/hub-prompts/{self.kind}/{self.level}', seed)}/"
+        settings = self.model_dump(include={"repo", "revision", "pattern", "format", "path", "where"})
+        read = Hub(reader="hub", **settings).absolute(Path()).rows_at_commit(f"tasks {name}", [self.prompt_field])
+        # By hash of the prompt, so that one with several rows is one task, in bounded memory.
+        prompts = ((prompt, row.name) for row in read if (prompt := self._prompt(row)) is not None)
+        hashed = ((hashlib.sha256((salt + prompt).encode()).digest(), prompt, place) for prompt, place in prompts)
+        chosen: dict[str, str] = {}
+        for _, prompt, place in heapq.nsmallest(ROWS_PER_TASK * self.count, hashed):
+            chosen.setdefault(prompt, place)
+        if not chosen:
+            raise AtomError(f"tasks: no row of {self.repo} has a prompt in {self.prompt_field}; correct the field")
+        for number, (prompt, place) in enumerate(islice(chosen.items(), self.count)):
+            origin = f"https://huggingface.co/datasets/{self.repo}/blob/{self.revision}/{place}"
+            stated = {"license": self.license, "origin": origin}
+            yield to_row(f"{name}/{number:06d}", json.loads(prompt), self.verifier, self.kind, self.level, **stated)
+
+    def _prompt(self, row: DataRow) -> str | None:
+        """Returns the messages of a row as JSON; None if it has no prompt."""
+        value = field_at(row.fields, self.prompt_field)
+        value = [{"role": "user", "content": value}] if isinstance(value, str) else value
+        try:
+            messages = [{"role": m["role"], "content": m["content"]} for m in value]
+            chat.check(messages)
+            text = json.dumps(messages, ensure_ascii=False)
+        except (KeyError, TypeError, ValueError):
+            return None
+        is_asked = messages[-1]["role"] == "user" and all(m["content"].strip() for m in messages)
+        return text if is_asked and len(text) <= self.max_characters and is_unicode(text) else None
 
 
 def tests_of(value: object) -> tuple[str, list[str]] | None:
