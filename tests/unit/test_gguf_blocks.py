@@ -77,4 +77,4 @@ def test_variants_that_a_model_cannot_have_are_refused_before_anything_runs() ->
     model = Qwen3MoeConfig(**train_fixtures.MODEL)
     dense = model.model_copy(update={"dense_layers": 1})
     assert "experts in every layer" in str(obstacle("gguf-f16", dense)) and obstacle("fp8", dense) is None
-    assert [name for name in VARIANTS if obstacle(name, model)] == ["adapter"], "which a phase trains"
+    assert [name for name in VARIANTS if obstacle(name, model)] == ["adapter", "distilled"], "which phases train"

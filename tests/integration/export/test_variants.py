@@ -19,7 +19,7 @@ from release.audit.verify import verify
 from release.repositories import repositories, write_sums
 from stages.evaluation.estimates import CPU_FLOPS, SHARD_SECONDS
 from stages.export.variants import conversion
-from stages.export.variants.registry import ADAPTER, VARIANTS
+from stages.export.variants.registry import ADAPTER, DISTILLED, VARIANTS
 from stages.export.variants.stage import STAGE
 from stages.graph import compose
 from tests.fixtures import ROOT, release_fixtures, variant_fixtures
@@ -35,7 +35,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return variant_fixtures.save_model(tmp_path_factory.mktemp("moe") / "model")
 
 
-@pytest.mark.parametrize("name", [name for name in VARIANTS if name != ADAPTER])
+@pytest.mark.parametrize("name", [name for name in VARIANTS if name not in (ADAPTER, DISTILLED)])
 def test_weights_survive_as_far_as_the_bits_go(name: Any, model: Path, tmp_path: Path) -> None:
     conversion.write(name, model, tmp_path / "variant")
     first = {path.name: path.read_bytes() for path in (tmp_path / "variant").iterdir()}
