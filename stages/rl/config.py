@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from pipeline.core.bounds import Context, Key, LongLine, Mix, Range, Settings, Steps, Words
+from pipeline.core.bounds import Context, Key, LongLine, Mix, PositiveShare, Range, Settings, Steps, Words
 from pipeline.core.stage import Config, Promise, added, operational
 from stages.generation.samplers import SAMPLERS
 from stages.rl import protocols as reward_registry
@@ -27,6 +27,7 @@ ClipHigh = Annotated[float, Range(0, 100, "PPO: 0.2, DAPO: 0.28, GSPO: 4e-4", ab
 KlCoefficient = Annotated[float, Range(0, 1000, "DeepSeekMath: 0.04, DeepSeek-R1: 0.001", above=True)]
 Retries = Annotated[int, Range(0, 1000)]
 Staleness = Annotated[int, Range(1, 1000, "usual: 1 to 8")]
+SizeExponent = Annotated[float, Range(0, 1, "1: in proportion to size; XLM-R and mT5, for languages: 0.3")]
 Url = Annotated[str, Words(2000, "address; write it as in http://node1:8000", r"https?://[^\s/]+(/\S*)?")]
 Verifiers = Annotated[dict[Key, Settings], Field(max_length=100)]
 
@@ -195,6 +196,16 @@ class RlPhase(SampledPhase):
     """cap of a token's importance weight, trainer over sampler"""
     max_resample_rounds: Retries = 2
     """extra sampling rounds to replace groups of equal rewards (DAPO's dynamic sampling)"""
+    size_exponent: SizeExponent = added(1.0)
+    """exponent of a bin's number of tasks in its weight: 1 draws in proportion to size, 0 draws all bins alike"""
+    truncated_answers: Literal["masked", "scored"] = added("masked")
+    """answers cut off by the length limit: masked counts their reward in the mean of the group and gives them no loss;
+    scored trains on them as on the others"""
+    max_truncated: PositiveShare | None = added(None)
+    """share of answers of a step that may be cut off; more is an alarm in the log and on the card; null: no alarm"""
+    max_looping: PositiveShare | None = added(None)
+    """share of answers of a step that may loop, which repeat an n-gram up to where they are cut off; more is an alarm
+    in the log and on the card; null: no alarm"""
     asynchronous: Asynchronous | None = added(None)
     """generation of answers while the policy is updated; null: each step generates, then updates"""
     tools: Tools | None = added(None)

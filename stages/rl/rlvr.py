@@ -20,7 +20,7 @@ from stages.mcore.gpu_environment import variables
 from stages.rl import estimates
 from stages.rl.config import RlTrainConfig, lack
 
-VERSION = 7
+VERSION = 8
 
 
 def run(config: RlTrainConfig, inputs: Inputs, work: Path, out: Path, report: Report) -> None:

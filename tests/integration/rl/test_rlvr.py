@@ -95,6 +95,21 @@ def test_sampler_and_trainer_agree_and_a_gap_stops_the_phase(place: Path, calm: 
         rl_fixtures.rlvr(place, tmp_path / "work", tmp_path / "out", rl_fixtures.config(max_logprob_diff=1e-12))
 
 
+def test_answers_that_are_cut_off_raise_an_alarm_once_until_they_are_fewer(place: Path, tmp_path: Path) -> None:
+    report = train_fixtures.Reporter()
+    settings = rl_fixtures.config(steps=3, release_checkpoint_interval=3, max_truncated=0.01, max_looping=1.0)
+    rl_fixtures.rlvr(place, tmp_path / "work", tmp_path / "out", settings, report)
+    steps = [x for x in rl_fixtures.lines(tmp_path / "out") if "reward" in x]
+    answers = rollouts.read(tmp_path / "out/rollouts.parquet")
+    for x in steps:
+        of_step = [r for r in answers if r.step == x["step"]]
+        assert x["truncated"] == sum(not r.finished for r in of_step) / len(of_step) >= x["looping"]
+        assert x.get("alarms", {}) == ({"truncated": 0.01} if x["truncated"] > 0.01 else {})
+    assert any(x["truncated"] > 0.01 for x in steps), "nothing was cut off"
+    assert [note for note in report.notes if "alarm: rlvr: " in note and "more than max_truncated = 0.01" in note]
+    assert len([note for note in report.notes if "alarm" in note]) <= len(steps)
+
+
 @pytest.mark.parametrize("at", [1, 3, 6])
 def test_stopped_and_resumed_gives_the_same_bytes(place: Path, calm: Path, tmp_path: Path, at: int) -> None:
     with pytest.raises(Interrupted, match=f"stopped after step {at}"):
