@@ -28,12 +28,13 @@ from stages.evaluation.settings import (
     heldout_config,
     heldout_node,
     item_nodes,
+    pass_rates_nodes,
     text_item_nodes,
 )
 from stages.export.nodes import export_node, reward_node, variant_nodes
 from stages.miniature import miniature
 from stages.recipe import ReleaseRecipe
-from stages.rl.nodes import PostTraining, offline_nodes, online_nodes, trained_models
+from stages.rl.nodes import PASS_RATES, PostTraining, offline_nodes, online_nodes, trained_models
 from stages.train import nodes, smaller_model
 from stages.train.imported_weights import StartFrom, dtype_of, require_dtype
 from stages.train.imported_weights import start_from_section as start_from
@@ -92,6 +93,7 @@ STAGES = {
     "evaluate": "stages.evaluation.model_evaluation",
     "gates": "stages.evaluation.gates_stage",
     "solve": "stages.evaluation.pass_at_k",
+    "pass-rates": "stages.evaluation.pass_rates",
     "fresh": "stages.evaluation.generated_eval",
     "prefer": "stages.evaluation.win_rate",
     "contamination": "stages.evaluation.contamination",
@@ -176,7 +178,7 @@ def compose(recipe: Recipe, store: Store, without_data: bool = False) -> Graph:
     specs.append(baselines_node(measured))
     if config.sft:
         specs += chat_nodes(measured, chat_models, specs)
-    specs += harness_nodes(measured, benchmarks)
+    specs += harness_nodes(measured, benchmarks) + pass_rates_nodes(measured, base, config.rlvr, training_seed)
     final = list(models.values())[-1]
     repositories = {name: f"{config.release.namespace}/{config.name}-{name}" for name in models}
     if start and not config.pretrain:
@@ -186,7 +188,7 @@ def compose(recipe: Recipe, store: Store, without_data: bool = False) -> Graph:
     # Last, so that smaller models fill what the others leave of a cluster.
     specs += smaller
     if evaluation.stop_at_gates:
-        training = [*(phase.node for phase in phases), *trained_models(post_training)]
+        training = [*(phase.node for phase in phases), PASS_RATES, *trained_models(post_training)]
         specs = with_gates(specs, measured, training, config.model.context_length, config.sft is not None)
 
     def rehearsed(phases: Sequence[TextPhase]) -> Graph:
@@ -263,6 +265,13 @@ def problems(recipe: Recipe) -> Iterator[str]:
     yield from smaller_model.problems(
         config.sizes, config.model, config.pretrain, vocabulary, config.start_from is None
     )
+    if config.rlvr and config.rlvr.pass_rates and not config.sft:
+        yield (
+            "rlvr.pass_rates measures the model that sft leaves, in conversation, and the recipe has no section sft; "
+            "add it, or leave pass_rates out"
+        )
+    if config.online_rlhf and config.online_rlhf.pass_rates:
+        yield "online_rlhf.pass_rates is not possible, since its tasks were learnt by earlier phases; set it in rlvr"
     if config.sft and config.sft.lora and (config.rlvr or config.dpo):
         later = "rlvr" if config.rlvr else "dpo"
         yield (

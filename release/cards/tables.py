@@ -478,6 +478,7 @@ def variant_loss(facts: VariantFacts) -> list[str]:
 
 
 # What answers are, by the name of their share in a log.
+FILTERED = ("tasks", "never", "always", "kept")
 ENDS = {"truncated": "cut off by the length limit", "looping": "cut off in a loop"}
 
 
@@ -545,6 +546,25 @@ def termination(model: ModelFacts) -> list[str]:
     )
     lines = explained_table(sentence, ["phase", "answers", "first", "last", "highest"], body)
     return [*lines, "", *alarms] if alarms else lines
+
+
+def task_filter(model: ModelFacts) -> list[str]:
+    """Returns the tasks that each phase left out because the policy before it solved them always or never."""
+    body = []
+    for phase, log in model.training.items():
+        totals = {name: sum(row[name] for row in log.filtered.values()) for name in FILTERED}
+        rows = {**log.filtered, "all": totals} if log.filtered else {}
+        for name, row in rows.items():
+            numbers = [count(row[column]) for column in FILTERED]
+            body.append([title(phase, PHASES), f"`{name}`" if name != "all" else name, *numbers])
+    if not body:
+        return []
+    sentence = (
+        "The policy before the phase answered each task several times. One that it solves never or always has no "
+        "answer that is better than another; the phase uses the tasks that were kept. The rates are in "
+        "`pass_rates.json` of the dataset repository."
+    )
+    return explained_table(sentence, ["phase", "tasks", "number", "never solved", "always solved", "kept"], body)
 
 
 def merges(model: ModelFacts) -> list[str]:

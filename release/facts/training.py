@@ -17,7 +17,7 @@ from release.layout import when
 from stages.confidence import Mean, clustered
 
 Facts = dict[str, Any]
-FIGURES = ("step", "tokens", "experts", "spike", "rewards", "excluded", "truncated", "looping", "alarms")
+FIGURES = ("step", "tokens", "experts", "spike", "rewards", "excluded", "truncated", "looping", "alarms", "filtered")
 """The fields of a line that a card uses."""
 
 
@@ -76,6 +76,7 @@ class PhaseLog:
         excluded: Steps that the recipe excludes, without a spike.
         termination: Of answers that were cut off (`truncated`) and of those in a loop (`looping`); none of a phase that
             draws no answers.
+        filtered: The tasks of each bin before and after the filter by pass rates; none of a phase without one.
     """
 
     first: int
@@ -85,6 +86,7 @@ class PhaseLog:
     rewards: dict[str, FirstAndLast]
     excluded: list[int]
     termination: dict[str, Termination] = field(default_factory=dict)
+    filtered: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 
 
 def log_facts(lines: list[Facts]) -> PhaseLog:
@@ -104,6 +106,7 @@ def log_facts(lines: list[Facts]) -> PhaseLog:
         rewards=_first_and_last(rewards),
         excluded=[line["step"] for line in lines if "excluded" in line and line["step"] not in spike_steps],
         termination={name: _termination(drawn, name) for name in ("truncated", "looping")} if drawn else {},
+        filtered=next((line["filtered"] for line in lines if "filtered" in line), {}),
     )
 
 

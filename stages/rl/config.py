@@ -11,6 +11,7 @@ from pipeline.core.stage import Config, Promise, added, operational
 from stages.generation.samplers import SAMPLERS
 from stages.rl import protocols as reward_registry
 from stages.rl.algorithms import policy_gradient
+from stages.rl.rollout.pass_rates import PassRateFilter
 from stages.rl.rollout.tasks import Tasks, kinds_of
 from stages.rl.tools.settings import Tools
 from stages.train.config import BatchSizes, PhaseBase, PhaseConfig, TrainerConfig, Validation
@@ -212,6 +213,8 @@ class RlPhase(SampledPhase):
     """tools that the model may call while it answers, in turns; null: none"""
     replay: Replay | None = None
     """replay of earlier training data; null: none"""
+    pass_rates: PassRateFilter | None = added(None)
+    """filter of the tasks by their pass rates before the phase, which a stage measures; null: all tasks are used"""
 
     @model_validator(mode="before")
     @classmethod
@@ -265,6 +268,11 @@ class RlPhase(SampledPhase):
             raise ValueError(
                 "tools are not possible in an asynchronous phase, which draws an answer in one go; leave one of them "
                 "out"
+            )
+        if self.pass_rates is not None:
+            raise ValueError(
+                "pass_rates measures answers without tools, which are others than those of the phase; leave out tools, "
+                "or pass_rates"
             )
         kinds = kinds_of(self.tasks)
         if unknown := sorted(set(self.tools.kinds) - kinds):

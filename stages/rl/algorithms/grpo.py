@@ -27,6 +27,7 @@ from stages.rl.rollout import rollouts
 from stages.rl.rollout.asynchronous import GroupSource, Intake, LiveGroups, RecordedGroups
 from stages.rl.rollout.batches import Example, build_rank_batch
 from stages.rl.rollout.curriculum import Curriculum
+from stages.rl.rollout.pass_rates import FilteredBin, filter_tasks
 from stages.rl.rollout.rollouts import Rollout, pass_rate
 from stages.train.data import Batch, Order, RankBatch, Shards
 from stages.train.engine import Engine, Objective
@@ -53,6 +54,10 @@ class GrpoTrainer(PolicyTrainer):
             # Also after a resume, whose weights come later: the reference is the policy at the start of the phase.
             self.load_previous_phase()
             self.reference = self.engine.local_weights()
+        # The tasks of each bin before and after the filter; none without one.
+        self.filtered: dict[str, FilteredBin] = {}
+        if phase.pass_rates is not None:
+            self.rows, self.filtered = filter_tasks(self.rows, self.inputs["pass_rates"], phase.pass_rates)
         exponent = phase.size_exponent
         self.curriculum = Curriculum(self.rows, seed_label(self.name), self.config.seed, size_exponent=exponent)
         self.limits = {"truncated": phase.max_truncated, "looping": phase.max_looping}
@@ -191,6 +196,8 @@ class GrpoTrainer(PolicyTrainer):
             "policy": policy_digest,
         }
         metrics |= self._raise_alarms(step, metrics)
+        if step == 1 and self.filtered:
+            metrics["filtered"] = self.filtered
         if self.intake is not None:
             metrics |= asynchronous_metrics(step - 1, answers)
         if phase.tools is not None:
