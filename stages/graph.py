@@ -338,7 +338,7 @@ def _problems_of_engine(config: ReleaseRecipe) -> Iterator[str]:
 
 def _problems_of_lengths(config: ReleaseRecipe) -> Iterator[str]:
     """Phases of long_context that lengthen nothing, and rows of other phases beyond the model's context."""
-    length_before = 0
+    length_before, context = 0, config.model.context_length
     for phase in config.text_phases:
         length, where = phase.config.sequence_length, phase.where
         if where.startswith("long_context") and length <= length_before:
@@ -348,11 +348,12 @@ def _problems_of_lengths(config: ReleaseRecipe) -> Iterator[str]:
             )
         length_before = length
         # Only the phases of long_context have another node than their stage.
-        if length > config.model.context_length and phase.node == phase.stage:
+        if phase.node != phase.stage:
+            context = max(context, length)
+        elif length > context:
             yield (
-                f"{where}.sequence_length = {length} is longer than model.context_length = "
-                f"{config.model.context_length}; shorten the sequence, raise the context length, or make it a phase of "
-                "long_context"
+                f"{where}.sequence_length = {length} is longer than model.context_length = {context}; shorten the "
+                "sequence, raise the context length, or make it a phase of long_context"
             )
 
 
