@@ -128,6 +128,10 @@ def test_tasks_that_are_solved_always_or_never_are_left_out(place: Path, tmp_pat
         "letter/1": {"tasks": 12, "never": 0, "always": 12, "kept": 0},
     }
     assert set(first["rates"]) == {"letter/0"} and "filtered" not in second
+    # A replay asks for the same tasks only with the same rates.
+    recorded = rl_fixtures.record(tmp_path / "out", tmp_path / "recorded")
+    rl_fixtures.rlvr(place, tmp_path / "w", tmp_path / "again", settings, rollouts=recorded, pass_rates=artifact)
+    assert rl_fixtures.trained(tmp_path / "again") == rl_fixtures.trained(tmp_path / "out")
 
 
 @pytest.mark.parametrize("at", [1, 3, 6])
