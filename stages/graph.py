@@ -28,12 +28,20 @@ from stages.evaluation.settings import (
     heldout_config,
     heldout_node,
     item_nodes,
+    pass_rates_nodes,
     text_item_nodes,
 )
 from stages.export.nodes import export_node, reward_node, variant_nodes
 from stages.miniature import miniature
 from stages.recipe import ReleaseRecipe
-from stages.rl.nodes import PostTraining, distillation_nodes, offline_nodes, online_nodes, trained_models
+from stages.rl.nodes import (
+    PASS_RATES,
+    PostTraining,
+    distillation_nodes,
+    offline_nodes,
+    online_nodes,
+    trained_models,
+)
 from stages.train import nodes, smaller_model
 from stages.train.imported_weights import StartFrom, dtype_of, require_dtype
 from stages.train.imported_weights import start_from_section as start_from
@@ -95,6 +103,7 @@ STAGES = {
     "evaluate": "stages.evaluation.model_evaluation",
     "gates": "stages.evaluation.gates_stage",
     "solve": "stages.evaluation.pass_at_k",
+    "pass-rates": "stages.evaluation.pass_rates",
     "fresh": "stages.evaluation.generated_eval",
     "prefer": "stages.evaluation.win_rate",
     "contamination": "stages.evaluation.contamination",
@@ -196,7 +205,7 @@ def compose(recipe: Recipe, store: Store, without_data: bool = False) -> Graph:
     specs.append(baselines_node(measured))
     if config.sft:
         specs += chat_nodes(measured, chat_models, specs)
-    specs += harness_nodes(measured, benchmarks)
+    specs += harness_nodes(measured, benchmarks) + pass_rates_nodes(measured, base, config.rlvr, training_seed)
     repositories = {name: f"{config.release.namespace}/{config.name}-{name}" for name in models}
     if start and not config.pretrain:
         repositories["base"] = start.repo
@@ -205,7 +214,7 @@ def compose(recipe: Recipe, store: Store, without_data: bool = False) -> Graph:
     # Last, so that smaller models fill what the others leave of a cluster.
     specs += smaller
     if evaluation.stop_at_gates:
-        training = [*(phase.node for phase in phases), *trained_models(post_training)]
+        training = [*(phase.node for phase in phases), PASS_RATES, *trained_models(post_training)]
         specs = with_gates(specs, measured, training, config.model.context_length, config.sft is not None)
 
     def rehearsed(phases: Sequence[TextPhase]) -> Graph:
@@ -283,6 +292,15 @@ def problems(recipe: Recipe) -> Iterator[str]:
         config.sizes, config.model, config.pretrain, vocabulary, config.start_from is None
     )
     yield from _problems_of_distillation(config)
+    if config.rlvr and config.rlvr.pass_rates and not config.sft:
+        yield (
+            "rlvr.pass_rates measures the model that sft leaves, in conversation, and the recipe has no section sft; "
+            "add it, or leave pass_rates out"
+        )
+    if config.online_rlhf and config.online_rlhf.pass_rates:
+        yield "online_rlhf.pass_rates is not possible, since its tasks were learnt by earlier phases; set it in rlvr"
+    if config.distillation and config.distillation.pass_rates:
+        yield "distillation.pass_rates is not possible, since the teacher corrects every answer; set it in rlvr"
     if config.sft and config.sft.lora and (config.rlvr or config.dpo):
         later = "rlvr" if config.rlvr else "dpo"
         yield (
@@ -368,7 +386,7 @@ def _problems_of_engine(config: ReleaseRecipe) -> Iterator[str]:
 
 def _problems_of_lengths(config: ReleaseRecipe) -> Iterator[str]:
     """Phases of long_context that lengthen nothing, and rows of other phases beyond the model's context."""
-    length_before = 0
+    length_before, context = 0, config.model.context_length
     for phase in config.text_phases:
         length, where = phase.config.sequence_length, phase.where
         if where.startswith("long_context") and length <= length_before:
@@ -378,11 +396,12 @@ def _problems_of_lengths(config: ReleaseRecipe) -> Iterator[str]:
             )
         length_before = length
         # Only the phases of long_context have another node than their stage.
-        if length > config.model.context_length and phase.node == phase.stage:
+        if phase.node != phase.stage:
+            context = max(context, length)
+        elif length > context:
             yield (
-                f"{where}.sequence_length = {length} is longer than model.context_length = "
-                f"{config.model.context_length}; shorten the sequence, raise the context length, or make it a phase of "
-                "long_context"
+                f"{where}.sequence_length = {length} is longer than model.context_length = {context}; shorten the "
+                "sequence, raise the context length, or make it a phase of long_context"
             )
 
 

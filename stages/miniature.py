@@ -13,7 +13,8 @@ recomputation, packing, ramps, spikes, mixes, verifiers, curation, and the kinds
   pipeline as evenly, or unevenly, as in the recipe.
 - What judges an effect of training is waived, and so are limits on repeated data, and on the share of a source that a
   rule removes: of few documents it says little.
-- What a CPU lacks is switched to what it has, and preferences to tasks at which an untrained policy sometimes succeeds.
+- What a CPU lacks is switched to what it has, and preferences to tasks at which an untrained policy sometimes succeeds;
+  tasks are measured, and none is left out that an untrained policy never solves.
   Each such setting is named.
 """
 
@@ -43,7 +44,7 @@ CAPS = {
     "evaluation.context.documents": 2, "evaluation.chat.items.validation.*": 6, "evaluation.chat.items.courtesies": 20,
     "evaluation.chat.items.courtesies_validation": 6, "evaluation.chat.num_samples": 2,
     "sources.*.parts": 2, "sources.*.reader.count": 400, "sources.*.expected.documents": 100,
-    "sources.*.expected.bytes": 1_000_000,
+    "sources.*.expected.bytes": 1_000_000, "rlvr.pass_rates.num_samples": 2,
 }  # fmt: skip
 TOKENS = (
     "*sequence_length",
@@ -94,6 +95,9 @@ def miniature(recipe: Mapping[str, Any], data: Mapping[str, Any]) -> tuple[dict[
         switched.append("dpo.preferences.tasks: instructions, which a policy that has learnt nothing meets at times")
     if "preferences" in small:
         small["preferences"]["heldout_fraction"] = HELDOUT
+    if rates := small.get("rlvr", {}).get("pass_rates"):
+        rates |= {"above": None, "below": None}
+        switched.append("rlvr.pass_rates: no bounds, since a policy that has learnt nothing solves no task")
     if "reward_model" in small:
         small["reward_model"]["heldout_fraction"] = HELDOUT
     evaluation = small["evaluation"]

@@ -136,6 +136,8 @@ MODEL_TABLES: tuple[CardTable[ModelFacts], ...] = (
     CardTable("start", tables.start, heading="Where training began", part="training"),
     CardTable("merges", tables.merges, heading="Averages of checkpoints", part="training"),
     CardTable("spikes", tables.spikes),
+    CardTable("task_filter", tables.task_filter, heading="Tasks of reinforcement learning", part="training"),
+    CardTable("termination", tables.termination, heading="How answers ended in training", part="training"),
     # Answers in conversation.
     CardTable("chat_test", lambda model: chat_tables.answers(model.chat.get("test", {}))),
     CardTable("chat_fresh", lambda model: chat_tables.answers(model.chat.get("fresh", {}))),

@@ -477,6 +477,11 @@ def variant_loss(facts: VariantFacts) -> list[str]:
     return [*table(["measure", "original", "variant"], body), "", f"Measured by {loss['measured_by']}."]
 
 
+# What answers are, by the name of their share in a log.
+FILTERED = ("tasks", "never", "always", "kept")
+ENDS = {"truncated": "cut off by the length limit", "looping": "cut off in a loop"}
+
+
 def variants(by_suffix: Mapping[str, VariantFacts]) -> list[str]:
     """Returns the variants of a model, by the end of their repository's name; nothing without any."""
     body = []
@@ -518,6 +523,48 @@ def verdict(model: ModelFacts) -> list[str]:
         f"**Alarm: {count(dead)} of {count(total)} experts {'is' if dead == 1 else 'are'} dead.** {place}, hardly any "
         f"token was sent to {names}{others}; {load}."
     ]
+
+
+def termination(model: ModelFacts) -> list[str]:
+    """Returns how the answers of each phase ended that learns from them, and a warning if a share rose too high."""
+    body, alarms = [], []
+    for phase, log in model.training.items():
+        for name, row in log.termination.items():
+            highest = f"{row['highest']:.1%} (step {count(row['step'])})"
+            body.append([title(phase, PHASES), ENDS[name], f"{row['first']:.1%}", f"{row['last']:.1%}", highest])
+            if row["above"] and row["limit"] is not None:
+                alarms.append(
+                    f"- **Alarm: more than {row['limit']:.1%} of the answers were {ENDS[name]} in "
+                    f"{count(row['above'])} of the steps of {title(phase, PHASES)}.**"
+                )
+    if not body:
+        return []
+    sentence = (
+        "Shares of the answers that training drew, as means over the first and the last quarter of the steps. An "
+        "answer loops if it is cut off while it ends with three copies of the same tokens, two of them or more "
+        "(Holtzman et al., 2020)."
+    )
+    lines = explained_table(sentence, ["phase", "answers", "first", "last", "highest"], body)
+    return [*lines, "", *alarms] if alarms else lines
+
+
+def task_filter(model: ModelFacts) -> list[str]:
+    """Returns the tasks that each phase left out because the policy before it solved them always or never."""
+    body = []
+    for phase, log in model.training.items():
+        totals = {name: sum(row[name] for row in log.filtered.values()) for name in FILTERED}
+        rows = {**log.filtered, "all": totals} if log.filtered else {}
+        for name, row in rows.items():
+            numbers = [count(row[column]) for column in FILTERED]
+            body.append([title(phase, PHASES), f"`{name}`" if name != "all" else name, *numbers])
+    if not body:
+        return []
+    sentence = (
+        "The policy before the phase answered each task several times. One that it solves never or always has no "
+        "answer that is better than another; the phase uses the tasks that were kept. The rates are in "
+        "`pass_rates.json` of the dataset repository."
+    )
+    return explained_table(sentence, ["phase", "tasks", "number", "never solved", "always solved", "kept"], body)
 
 
 def merges(model: ModelFacts) -> list[str]:

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import Any, TypedDict
 
 from release.layout import when
 from stages.confidence import Mean, clustered
 
 Facts = dict[str, Any]
-FIGURES = ("step", "tokens", "experts", "spike", "rewards", "excluded")
+FIGURES = ("step", "tokens", "experts", "spike", "rewards", "excluded", "truncated", "looping", "alarms", "filtered")
 """The fields of a line that a card uses."""
 
 
@@ -44,6 +45,23 @@ class FirstAndLast(TypedDict):
     last: Mean
 
 
+class Termination(TypedDict):
+    """The share of a phase's answers that ended in one way, over its steps."""
+
+    first: float
+    """mean over the first quarter of the steps"""
+    last: float
+    """mean over the last quarter"""
+    highest: float
+    """largest share of a step"""
+    step: int
+    """that step"""
+    above: int
+    """steps with more than the recipe's limit"""
+    limit: float | None
+    """the limit, if a step exceeded it"""
+
+
 @dataclass
 class PhaseLog:
     """The facts of one phase for a card.
@@ -56,6 +74,9 @@ class PhaseLog:
         rewards: {kind of task: mean reward of the first and the last quarter of the steps, with standard errors over
             steps}; none for fewer than four steps.
         excluded: Steps that the recipe excludes, without a spike.
+        termination: Of answers that were cut off (`truncated`) and of those in a loop (`looping`); none of a phase that
+            draws no answers.
+        filtered: The tasks of each bin before and after the filter by pass rates; none of a phase without one.
     """
 
     first: int
@@ -64,6 +85,8 @@ class PhaseLog:
     spikes: list[Facts]
     rewards: dict[str, FirstAndLast]
     excluded: list[int]
+    termination: dict[str, Termination] = field(default_factory=dict)
+    filtered: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 
 
 def log_facts(lines: list[Facts]) -> PhaseLog:
@@ -74,6 +97,7 @@ def log_facts(lines: list[Facts]) -> PhaseLog:
     # Steps that a spike excluded are told with it.
     spike_steps = {step for spike in spikes for step in spike["excluded"]}
     rewards = [line["rewards"] for line in lines if "rewards" in line]
+    drawn = [line for line in lines if "looping" in line]
     return PhaseLog(
         first=min(steps),
         last=max(steps),
@@ -81,7 +105,23 @@ def log_facts(lines: list[Facts]) -> PhaseLog:
         spikes=spikes,
         rewards=_first_and_last(rewards),
         excluded=[line["step"] for line in lines if "excluded" in line and line["step"] not in spike_steps],
+        termination={name: _termination(drawn, name) for name in ("truncated", "looping")} if drawn else {},
+        filtered=next((line["filtered"] for line in lines if "filtered" in line), {}),
     )
+
+
+def _termination(lines: Sequence[Facts], name: str) -> Termination:
+    shares = [line[name] for line in lines]
+    quarter, worst = max(1, len(lines) // 4), max(lines, key=lambda line: line[name])
+    limits = [line["alarms"][name] for line in lines if name in line.get("alarms", {})]
+    return {
+        "first": fmean(shares[:quarter]),
+        "last": fmean(shares[-quarter:]),
+        "highest": worst[name],
+        "step": worst["step"],
+        "above": len(limits),
+        "limit": limits[0] if limits else None,
+    }
 
 
 def _first_and_last(rows: Sequence[Mapping[str, float]]) -> dict[str, FirstAndLast]:

@@ -203,6 +203,7 @@ class ChatModel:
         inputs: Inputs,
         work: Path,
         note: Callable[[str], object],
+        verifier_settings: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> None:
         """Opens the model.
 
@@ -213,6 +214,7 @@ class ChatModel:
             inputs: Artifacts of the stage.
             work: Work folder, for the log of a server.
             note: Prints a line to the log.
+            verifier_settings: Settings of verifiers by name; None: none.
         """
         import torch
 
@@ -224,7 +226,7 @@ class ChatModel:
         torch.set_deterministic_debug_mode("error")
         self.chat = generation.Chat(folder)
         self.sampler = open_sampler(config.engine, folder, self.chat.stops, config.max_new_tokens, work)
-        self.verifiers = generation.Verifiers(make_verifiers(rows, inputs, self.chat, {}), note)
+        self.verifiers = generation.Verifiers(make_verifiers(rows, inputs, self.chat, verifier_settings or {}), note)
 
     def answer(self, requests: Sequence[tuple[Row, int, int]], greedy: bool = False) -> list[Answer]:
         """Returns the scored answers to requests, each (row, sample, seed)."""

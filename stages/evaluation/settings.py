@@ -26,6 +26,9 @@ from stages.evaluation.model_evaluation import ROWS_PER_BATCH, TEXT_ITEMS
 from stages.evaluation.pass_at_k import FurtherSamples, NumSamples
 from stages.evaluation.text_items import TextItems
 from stages.generation.engine import Engine
+from stages.rl.config import RlPhase
+from stages.rl.nodes import PASS_RATES
+from stages.rl.rollout.pass_rates import expected_tasks
 from stages.tasks.benchmarks import HarnessSection
 from stages.tasks.eval_set import ChatItems, Problems
 from stages.train.nodes import ExportedModel
@@ -278,6 +281,31 @@ def _solving_nodes(measured: Measured, chat: ChatSection, which: str, further: F
         NodeSpec(f"solve-{which}", "solve", config | {"pass_at_k": further}, {"model": model, "items": "items"}),
         NodeSpec(f"fresh-solve-{which}", "solve", config, {"model": model, "items": "fresh"}),
     ]
+
+
+def pass_rates_nodes(measured: Measured, base: str, phase: RlPhase | None, seed: int) -> list[NodeSpec]:
+    """Returns the node that measures the tasks of RLVR under the model that the node `base` leaves, if it filters them.
+
+    Args:
+        measured: The models of the recipe.
+        base: The node of the phase before it.
+        phase: The section `rlvr`; None without one.
+        seed: Seed of training.
+    """
+    if phase is None or phase.pass_rates is None:
+        return []
+    model = next(model for model in measured.models.values() if model.node == base and model.step is None)
+    tasks, length = expected_tasks(phase.tasks), phase.sampling.max_new_tokens
+    tokens = tasks * phase.pass_rates.num_samples * (QUESTION_TOKENS + length)
+    config = {
+        "num_samples": phase.pass_rates.num_samples,
+        "max_new_tokens": length,
+        "seed": seed,
+        "engine": measured.section.engine,
+        "verifiers": phase.verifiers,
+        "expected": _expected(measured, model, tokens, count(tasks, pass_at_k.ITEMS_PER_BATCH)),
+    }
+    return [NodeSpec(PASS_RATES, "pass-rates", config, {"model": model.export_node, "tasks": "tasks-rlvr"})]
 
 
 def _preference_node(measured: Measured, chat: ChatSection, which: str, previous: str) -> NodeSpec:

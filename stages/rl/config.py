@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from pipeline.core.bounds import Context, Key, LongLine, Mix, Range, Settings, Steps, Words
+from pipeline.core.bounds import Context, Key, LongLine, Mix, PositiveShare, Range, Settings, Steps, Words
 from pipeline.core.stage import Config, Promise, added, operational
 from stages.generation.samplers import SAMPLERS
 from stages.mcore.layout_check import problem
@@ -14,6 +14,7 @@ from stages.mcore.optimizer import Optimizer
 from stages.models.registry import Model
 from stages.rl import protocols as reward_registry
 from stages.rl.algorithms import policy_gradient
+from stages.rl.rollout.pass_rates import PassRateFilter
 from stages.rl.rollout.tasks import Tasks, kinds_of
 from stages.rl.tools.settings import Tools
 from stages.train.config import BatchSizes, PhaseBase, PhaseConfig, TrainerConfig, Validation
@@ -30,6 +31,7 @@ ClipHigh = Annotated[float, Range(0, 100, "PPO: 0.2, DAPO: 0.28, GSPO: 4e-4", ab
 KlCoefficient = Annotated[float, Range(0, 1000, "DeepSeekMath: 0.04, DeepSeek-R1: 0.001", above=True)]
 Retries = Annotated[int, Range(0, 1000)]
 Staleness = Annotated[int, Range(1, 1000, "usual: 1 to 8")]
+SizeExponent = Annotated[float, Range(0, 1, "1: in proportion to size; XLM-R and mT5, for languages: 0.3")]
 Url = Annotated[str, Words(2000, "address; write it as in http://node1:8000", r"https?://[^\s/]+(/\S*)?")]
 Verifiers = Annotated[dict[Key, Settings], Field(max_length=100)]
 
@@ -205,12 +207,24 @@ class RlPhase(SampledPhase):
     """cap of a token's importance weight, trainer over sampler"""
     max_resample_rounds: Retries = 2
     """extra sampling rounds to replace groups of equal rewards (DAPO's dynamic sampling)"""
+    size_exponent: SizeExponent = added(1.0)
+    """exponent of a bin's number of tasks in its weight: 1 draws in proportion to size, 0 draws all bins alike"""
+    truncated_answers: Literal["masked", "scored"] = added("masked")
+    """answers cut off by the length limit: masked counts their reward in the mean of the group and gives them no loss;
+    scored trains on them as on the others"""
+    max_truncated: PositiveShare | None = added(None)
+    """share of answers of a step that may be cut off; more is an alarm in the log and on the card; null: no alarm"""
+    max_looping: PositiveShare | None = added(None)
+    """share of answers of a step that may loop, which repeat an n-gram up to where they are cut off; more is an alarm
+    in the log and on the card; null: no alarm"""
     asynchronous: Asynchronous | None = added(None)
     """generation of answers while the policy is updated; null: each step generates, then updates"""
     tools: Tools | None = added(None)
     """tools that the model may call while it answers, in turns; null: none"""
     replay: Replay | None = None
     """replay of earlier training data; null: none"""
+    pass_rates: PassRateFilter | None = added(None)
+    """filter of the tasks by their pass rates before the phase, which a stage measures; null: all tasks are used"""
 
     @model_validator(mode="before")
     @classmethod
@@ -264,6 +278,11 @@ class RlPhase(SampledPhase):
             raise ValueError(
                 "tools are not possible in an asynchronous phase, which draws an answer in one go; leave one of them "
                 "out"
+            )
+        if self.pass_rates is not None:
+            raise ValueError(
+                "pass_rates measures answers without tools, which are others than those of the phase; leave out tools, "
+                "or pass_rates"
             )
         kinds = kinds_of(self.tasks)
         if unknown := sorted(set(self.tools.kinds) - kinds):
@@ -344,6 +363,8 @@ class Distillation(RlPhase):
     """answers per prompt"""
     max_resample_rounds: Annotated[int, Range(0, 0)] = 0
     """always 0: every answer is learnt from, and none is drawn again"""
+    size_exponent: Annotated[float, Range(0, 0)] = 0.0
+    """always 0: kinds of tasks are drawn equally"""
 
     @model_validator(mode="after")
     def _weighs_each_token(self) -> Distillation:

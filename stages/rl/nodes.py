@@ -12,6 +12,9 @@ from stages.rl.config import Distillation, DpoPhase, RewardPhase, RlPhase
 from stages.rl.preference_pairs import PreferenceSection
 from stages.train.nodes import TrainedModel, published_dtype, training_config
 
+# The node that measures the tasks of RLVR before it.
+PASS_RATES = "pass-rates-rlvr"
+
 
 @dataclass(frozen=True)
 class PostTraining:
@@ -141,6 +144,8 @@ def _phase_nodes(
             task_inputs["benchmarks"] = "benchmarks"
         specs.append(NodeSpec(f"tasks-{name}", "tasks", config, task_inputs))
         inputs |= {"tasks": f"tasks-{name}", "items": "items"}
+        if isinstance(section, RlPhase) and section.pass_rates:
+            inputs["pass_rates"] = PASS_RATES
     if isinstance(section, RlPhase) and (replay := section.replay):
         order = {
             "phase": name,

@@ -27,9 +27,9 @@ def run(config: RlTrainConfig, inputs: Inputs, work: Path, out: Path, report: Re
     """Trains the policy. Raises what stages.train.trainer.train raises.
 
     The inputs are `init`, the previous phase, whose last checkpoint's weights are loaded, `tasks`, `items` and
-    `tokenizer`; with replay also `tokens` and `order`; if tasks name the verifier reward-model, `reward`, its training,
-    and `reward_model`, its export. In a replay `rollouts`, the answers of an earlier
-    run, takes the place of items, verifiers, tools and sampler.
+    `tokenizer`; with replay also `tokens` and `order`; with pass_rates also `pass_rates`, the rates of the tasks; if
+    tasks name the verifier reward-model, `reward`, its training, and `reward_model`, its export. In a replay
+    `rollouts`, the answers of an earlier run, takes the place of items, verifiers, tools and sampler.
 
     Fills `out` with step-<n>/, training.jsonl, summary.json and rollouts.parquet.
     """

@@ -82,3 +82,13 @@ def test_it_goes_on_from_its_state() -> None:
 def test_no_task_is_a_mistake() -> None:
     with pytest.raises(RecipeError, match="no task to draw from"):
         Curriculum([], "test", 0)
+
+
+def test_the_exponent_of_size_is_between_all_bins_alike_and_in_proportion() -> None:
+    rows = [
+        to_row(f"{kind}/{n}", f"{kind} {n}", "exact", kind, 0)
+        for kind, k in (("few", 4), ("many", 16))
+        for n in range(k)
+    ]
+    weights = [Curriculum(rows, "test", 0, size_exponent=power).weights() for power in (0.0, 0.5, 1.0)]
+    assert [w["many/0"] / w["few/0"] for w in weights] == [1, 2, 4]

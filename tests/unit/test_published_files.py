@@ -53,6 +53,8 @@ def test_an_entry_is_a_copy_or_states_how_it_is_made() -> None:
          ["dataset/evaluation/contamination/report.json", "model/evaluation/contamination/report.json"]),
         ("baselines", "baselines.parquet", ["dataset/evaluation/baselines/baselines.parquet"]),
         ("filter", "unknown.bin", []),
+        ("pass-rates-rlvr", "pass_rates.json", ["dataset/rl/rlvr/pass_rates.json"]),
+        ("pass-rates-rlvr", "answers.parquet", []),
     ],
 )  # fmt: skip
 def test_a_copy_has_its_place(node: str, file: str, targets: list[str]) -> None:

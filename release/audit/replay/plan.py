@@ -29,7 +29,12 @@ POST_TRAINING = ("rlvr", "dpo", "reward", "distillation")
 STAGES = ("pretrain", "midtrain", "sft", "size", *POST_TRAINING)
 STATE = re.compile(r"step-([0-9]{1,12})/state\.json")
 """The file of an artifact that every checkpoint in it has."""
-FILES = {"tasks": "tasks.jsonl", "pairs": "pairs.parquet", "preferences": "preferences.parquet"}
+FILES = {
+    "tasks": "tasks.jsonl",
+    "pass_rates": "pass_rates.json",
+    "pairs": "pairs.parquet",
+    "preferences": "preferences.parquet",
+}
 """{role of an input: its published file that training reads}"""
 WATCHDOG_SECONDS = 7 * 86_400.0
 """The watchdog timeout of a replay: one process may need long for a step of many ranks, and no rank waits for

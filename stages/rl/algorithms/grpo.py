@@ -27,9 +27,13 @@ from stages.rl.rollout import rollouts
 from stages.rl.rollout.asynchronous import GroupSource, Intake, LiveGroups, RecordedGroups
 from stages.rl.rollout.batches import Example, build_rank_batch
 from stages.rl.rollout.curriculum import Curriculum
+from stages.rl.rollout.pass_rates import FilteredBin, filter_tasks
 from stages.rl.rollout.rollouts import Rollout, pass_rate
 from stages.train.data import Batch, Order, RankBatch, Shards
 from stages.train.engine import Engine, Objective
+
+# What answers are whose share may raise an alarm.
+ALARMS = {"truncated": "cut off by the length limit", "looping": "cut off in a loop of the same tokens"}
 
 
 class GrpoTrainer(PolicyTrainer):
@@ -52,7 +56,14 @@ class GrpoTrainer(PolicyTrainer):
             # Also after a resume, whose weights come later: the reference is the policy at the start of the phase.
             self.load_previous_phase()
             self.reference = self.engine.local_weights()
-        self.curriculum = Curriculum(self.rows, seed_label(self.name), self.config.seed, self.uniform)
+        # The tasks of each bin before and after the filter; none without one.
+        self.filtered: dict[str, FilteredBin] = {}
+        if phase.pass_rates is not None:
+            self.rows, self.filtered = filter_tasks(self.rows, self.inputs["pass_rates"], phase.pass_rates)
+        exponent = phase.size_exponent
+        self.curriculum = Curriculum(self.rows, seed_label(self.name), self.config.seed, self.uniform, exponent)
+        self.limits = {"truncated": phase.max_truncated, "looping": phase.max_looping}
+        self.alarming = set[str]()
         self.generated = 0  # tokens of all answers
         self.intake: Intake | None = None
         self.live: LiveGroups | None = None
@@ -173,24 +184,42 @@ class GrpoTrainer(PolicyTrainer):
             answers = self.intake.take(step, policy_digest, self._mark_group)
         lengths = [r.length for r in answers]
         self.generated += sum(lengths)
-        metrics = {
+        metrics: dict[str, Any] = {
             "reward": sum(r.reward for r in answers) / len(answers),
             "rewards": rollouts.mean_rewards((r.kind, r.reward) for r in answers),
             "length_correlation": rollouts.length_correlation(answers),
             "answers": len(answers),
             "groups": len({(r.wave, r.group) for r in answers if r.dropped not in rollouts.WHOLE_GROUPS}),
             "completion_length": sum(lengths) / len(answers),
-            "truncated": sum(not r.finished for r in answers) / len(answers),
+            **rollouts.termination_metrics(answers),
             "thinking": sum("</think>" in r.text for r in answers) / len(answers),
             "generated": self.generated,
             "rates": {name: part["rate"] for name, part in self.curriculum.state.items()},
             "policy": policy_digest,
         }
+        metrics |= self._raise_alarms(step, metrics)
+        if step == 1 and self.filtered:
+            metrics["filtered"] = self.filtered
         if self.intake is not None:
             metrics |= asynchronous_metrics(step - 1, answers)
         if phase.tools is not None:
             metrics |= tool_metrics(answers)
         return answers, metrics, self.algorithm_state()
+
+    def _raise_alarms(self, step: int, metrics: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns the limits of the shares that are above them, for the log; nothing if none is.
+
+        Notes each share that rises above its limit, once until it is below again.
+        """
+        above = {name: limit for name, limit in self.limits.items() if limit is not None and metrics[name] > limit}
+        for name in above.keys() - self.alarming:
+            self.report.note(
+                f"alarm: {self.name}: {metrics[name]:.1%} of the answers of step {step} are {ALARMS[name]}, more than "
+                f"max_{name} = {above[name]:g}; read some of them in rollouts.parquet: if they are on the way to a "
+                "solution, allow longer answers, else stop the phase at an earlier checkpoint"
+            )
+        self.alarming = set(above)
+        return {"alarms": above} if above else {}
 
     def _mark_group(self, answers: list[Rollout]) -> list[Rollout]:
         marked, _ = self.mark(answers)
@@ -199,7 +228,7 @@ class GrpoTrainer(PolicyTrainer):
 
     def mark(self, answers: Sequence[Rollout]) -> tuple[list[Rollout], int]:
         """Returns what `mark_dropped` does of the answers to some tasks, in groups."""
-        return mark_dropped(answers, self.phase.num_generations)
+        return mark_dropped(answers, self.phase.num_generations, self.phase.truncated_answers == "scored")
 
     def _draw_waves(self, step: int, policy_digest: str) -> list[Rollout]:
         """Draws until `prompts_per_step` groups differ in reward, or no more may be drawn. Returns all answers."""
@@ -284,15 +313,21 @@ def tool_metrics(answers: Sequence[Rollout]) -> dict[str, Any]:
     return {"turns": len(turns) / len(answers), "calls": dict(sorted(calls.items()))}
 
 
-def mark_dropped(answers: Sequence[Rollout], samples: int) -> tuple[list[Rollout], int]:
-    """Returns the answers with their group, sample and drop reason, and the number of groups that are kept."""
+def mark_dropped(answers: Sequence[Rollout], samples: int, keep_truncated: bool = False) -> tuple[list[Rollout], int]:
+    """Returns the answers with their group, sample and drop reason, and the number of groups that are kept.
+
+    Args:
+        answers: The answers, group by group.
+        samples: Answers of a group.
+        keep_truncated: Keeps answers that were cut off.
+    """
     # In fp64, in which rewards are stored: rounding must not make two of them equal.
     rewards = torch.tensor([r.reward for r in answers], dtype=torch.float64).view(-1, samples)
     equal = zero_variance(rewards).tolist()
     marked = []
     for i, r in enumerate(answers):
         group, sample = divmod(i, samples)
-        dropped = "" if r.finished else "truncated"
+        dropped = "" if r.finished or keep_truncated else "truncated"
         if equal[group]:
             dropped = "variance"
         marked.append(replace(r, group=group, sample=sample, dropped=dropped))

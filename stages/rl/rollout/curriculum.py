@@ -32,7 +32,9 @@ class BinState(TypedDict):
 class Curriculum:
     """Draws tasks and tracks their pass rates."""
 
-    def __init__(self, tasks: Sequence[Row], label: str, seed: int, uniform: bool = False) -> None:
+    def __init__(
+        self, tasks: Sequence[Row], label: str, seed: int, uniform: bool = False, size_exponent: float = 1.0
+    ) -> None:
         """Sorts tasks into bins.
 
         Args:
@@ -40,13 +42,14 @@ class Curriculum:
             label: Label of the phase in seeds.
             seed: Seed of the recipe.
             uniform: Draws from every bin equally, for any pass rates.
+            size_exponent: Exponent of a bin's number of tasks in its weight.
 
         Raises:
             RecipeError: There is no task.
         """
         if not tasks:
             raise RecipeError("there is no task to draw from; give the phase a source of tasks")
-        self.label, self.seed, self.uniform = label, seed, uniform
+        self.label, self.seed, self.uniform, self.size_exponent = label, seed, uniform, size_exponent
         self.bins: dict[str, list[Row]] = {}
         for row in tasks:
             self.bins.setdefault(bin_of(row), []).append(row)
@@ -67,15 +70,16 @@ class Curriculum:
         self.state = {name: bin_state.copy() for name, bin_state in state.items()}
 
     def weights(self) -> dict[str, float]:
-        """Returns the weight of each bin: its number of tasks, times 4 p (1 - p).
+        """Returns the weight of each bin: its number of tasks to the power of size_exponent, times 4 p (1 - p).
 
-        That factor is 1 for an unknown p, and at least the floor.
+        The latter factor is 1 for an unknown p, and at least the floor.
         """
         if self.uniform:
             return dict.fromkeys(self.state, 1.0)
         rates = {name: bin_state["rate"] for name, bin_state in self.state.items()}
         signals = {name: 1.0 if p is None else max(FLOOR, 4 * p * (1 - p)) for name, p in rates.items()}
-        return {name: len(self.bins[name]) * signal for name, signal in signals.items()}
+        # A power of 1 is exact, so that recipes without the setting draw as before it.
+        return {name: len(self.bins[name]) ** self.size_exponent * signal for name, signal in signals.items()}
 
     def draw(self, count: int, step: int, wave: int) -> list[Row]:
         """Returns `count` tasks for a wave of a step. Each bin is read in a seeded order, and repeated from its end."""

@@ -37,6 +37,9 @@ DROPPED = {
     "stale": "a token of the group is of a policy that is older than max_staleness",
 }
 
+# An answer loops if it ends with so many copies of an n-gram of at least so many tokens.
+REPEATS, MIN_NGRAM = 3, 2
+
 # The reasons that hold for all answers of a group, which then is replaced.
 WHOLE_GROUPS = ("variance", "stale")
 
@@ -227,6 +230,28 @@ def merge(parts: Sequence[Path], target: Path, columns: pa.Schema) -> int:
 def pass_rate(group: Sequence[Rollout]) -> float:
     """Returns the mean reward of a group, each between 0 and 1."""
     return sum(min(max(r.reward, 0.0), 1.0) for r in group) / len(group)
+
+
+def loops(ids: Sequence[int]) -> bool:
+    """Returns True if the tokens end with an n-gram of MIN_NGRAM tokens or more, REPEATS times in succession.
+
+    That is the repetition of Holtzman et al., 2020 (arXiv:1904.09751), which counts texts that end so.
+    """
+    import numpy as np
+
+    values = np.asarray(ids, dtype=np.int64)[::-1]
+    # The n for which the last token stands n tokens before, which most of them are not.
+    for n in np.flatnonzero(values[MIN_NGRAM : len(values) // REPEATS + 1] == values[:1]) + MIN_NGRAM:
+        span = int(n) * (REPEATS - 1)
+        if np.array_equal(values[:span], values[n : n + span]):
+            return True
+    return False
+
+
+def termination_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
+    """Returns the shares of answers that are cut off, and of those that are cut off in a loop."""
+    cut = [r for r in rollouts if not r.finished]
+    return {"truncated": len(cut) / len(rollouts), "looping": sum(loops(r.ids) for r in cut) / len(rollouts)}
 
 
 def mean_rewards(rewards: Iterable[tuple[str, float]]) -> dict[str, float]:

@@ -163,6 +163,51 @@ def test_rows_are_left_out_by_their_fields(tmp_path: Path, run_stage: Any, reade
     assert run_stage(acquire_stage.STAGE, limited, {}).json("source.json")["documents"] == 2
 
 
+@pytest.mark.parametrize("reader", ["jsonl", "parquet"])
+def test_rows_below_a_minimum_are_left_out(tmp_path: Path, run_stage: Any, reader: str) -> None:
+    """As OpenCodeInstruct has them: a share of passed tests as text, and a model's judgement as JSON."""
+    right, wrong = (json.dumps({"logic": {"score": score}, "edges": {"score": 5}}) for score in (5, 4))
+    stated = [("1.0", right), ("0.9", right), ("1", right), ("1", wrong), ("n/a", right), (None, right), ("1", "{"),
+              ("1", None), ("nan", right), ("1", "[5]")]  # fmt: skip
+    names = ("average_test_score", "judgement")
+    rows = [{"q": f"Ask {n}?", "a": f"Text {n}.", **dict(zip(names, row, strict=True))} for n, row in enumerate(stated)]
+    path = tmp_path / f"corpus.{reader}"
+    if reader == "jsonl":
+        write_lines(path, rows)
+    else:
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    minimum = {"average_test_score": 1, "judgement.logic.score": 5, "judgement.edges.score": 5}
+    artifact = run_stage(
+        acquire_stage.STAGE, config(path, reader, question_fields=["q"], answer_field="a", minimum=minimum), {}
+    )
+    assert [text.partition("Text ")[2][0] for text in (row["text"] for row in documents(artifact))] == ["0", "2"]
+    assert artifact.json("source.json")["rows_left_out"] == 8
+
+
+def test_reasoning_of_an_answer_is_kept_apart_or_removed(tmp_path: Path, run_stage: Any) -> None:
+    answers = ["<think>\nTwo and two.\n</think>\n\nFour.", "Four.", "<think>x</think>", "<think>x</think>y</think>"]
+    write_lines(tmp_path / "traces.jsonl", [{"q": "2 + 2?", "a": answer} for answer in answers])
+    settings = {"question_fields": ["q"], "answer_field": "a"}
+    texts = {}
+    for use in ("reasoning", "removed"):
+        artifact = run_stage(acquire_stage.STAGE, config(tmp_path / "traces.jsonl", **settings, think_tags=use), {})
+        (row,) = documents(artifact)
+        texts[use] = row["text"][row["prompt_chars"] :]
+    assert texts["removed"] == "Four.<|im_end|>"
+    assert texts["reasoning"] == "<think>\nTwo and two.\n</think>\n\nFour.<|im_end|>"
+    plain = run_stage(acquire_stage.STAGE, config(tmp_path / "traces.jsonl", **settings), {})
+    assert len(documents(plain)) == 1, "without the setting, the names of special tokens are refused"
+    turns = [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": answers[0]},
+             {"role": "user", "content": "+ 1?"}, {"role": "assistant", "content": "5.", "reasoning_content": "Add."},
+             {"role": "user", "content": "Look."}, {"role": "assistant", "content": "", "tool_calls": [
+                 {"type": "function", "function": {"name": "look", "arguments": "{}"}}]}]  # fmt: skip
+    write_lines(tmp_path / "talk.jsonl", [{"messages": turns}])
+    talk = config(tmp_path / "talk.jsonl", messages_field="messages", think_tags="removed", tools_field="tools")
+    assert not any("<think>" in row["text"] for row in documents(run_stage(acquire_stage.STAGE, talk, {})))
+    with pytest.raises(ValueError, match="think_tags is set, but rows are plain text"):
+        acquire_stage.AcquireConfig.model_validate(config(tmp_path / "traces.jsonl", think_tags="removed"))
+
+
 def test_a_notice_in_a_text_goes_before_its_license_field(tmp_path: Path, run_stage: Any) -> None:
     headers = [
         "// Licensed under the MIT license.\n",

@@ -28,7 +28,7 @@ SIZES = {pattern.rsplit(".", 1)[-1].strip("*") for pattern in CAPS} | {
     "validate_every", "release_checkpoint_interval", "checkpoint_interval", "release_checkpoint_steps", "global_tokens",
     "micro_tokens", "micro_batches", "ranks", "tp", "pp", "vpp", "cp", "ep", "validation", "problems",
 }  # fmt: skip
-LOOSER = {"min_margin", "waived_gates", "above_gpu_hours", "max_epochs", "limit", "heldout_fraction"}
+LOOSER = {"above", "below", "min_margin", "waived_gates", "above_gpu_hours", "max_epochs", "limit", "heldout_fraction"}
 
 
 def leaves(value: Any, path: tuple[str, ...] = ()) -> dict[tuple[str, ...], Any]:
@@ -65,7 +65,9 @@ def test_a_miniature_is_its_recipe_but_for_sizes(name: str, tmp_path: Path) -> N
     changed = {place for place, value in after.items() if place in before and value != before[place]}
     assert {place for place in changed if not is_size(place)} <= {("dpo", "min_margin")}
     lines = [line for line in path.read_text().splitlines() if line.startswith("# switched: ")]
-    assert len(lines) == sum(value == "vllm" for value in before.values()) + 1, "and the tasks of preferences"
+    assert len(lines) == sum(value == "vllm" for value in before.values()) + 2, (
+        "and the tasks of preferences, and pass rates"
+    )
     for (_, was), (_, now) in zip(phases(full), phases(small), strict=True):
         assert kinds(was) == kinds(now) and was.recompute == now.recompute and now.ranks <= 8
         layers = before["model", "layers"], after["model", "layers"]
@@ -96,7 +98,7 @@ def test_the_command(tmp_path: Path) -> None:
     atom(tmp_path, *command, cwd=tmp_path)
     assert "mini-data.yaml exists" in atom(tmp_path, *command, cwd=tmp_path, code=2).stderr
     plan = atom(tmp_path, "plan", "mini.yaml", cwd=tmp_path).stdout
-    assert "104 of 104 stages to run" in plan
+    assert "108 of 108 stages to run" in plan
     refused = atom(tmp_path, "init", "other", "--miniature", "--ranks", "8", cwd=tmp_path, code=2).stderr
     assert refused.startswith("atom: --miniature sets the ranks")
 
@@ -115,7 +117,7 @@ def test_sources_and_benchmarks_come_from_a_local_hub(tmp_path: Path) -> None:
         pinned = json.loads(atom(home, "pin", str(path), "--json", **hub).stdout)
         atom(home, "run", str(path), "--until", "benchmarks", **hub)
     probes = {source["name"]: source["probe"] for source in pinned["sources"]}
-    assert len(probes) == 30 and all(probe["kept_documents"] for probe in probes.values()), probes
+    assert len(probes) == 35 and all(probe["kept_documents"] for probe in probes.values()), probes
     sealed = Artifact.open(next(home.glob("artifacts/benchmarks-*")))
     sets = {name: len(stated["tasks"]) for name, stated in sealed.json("tasks.json").items()}
     assert sets == {"arc": 2, "gsm8k": 1, "truthfulqa": 2}

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.core.errors import AtomError, Interrupted
+from pipeline.core.store import write_manifest
 from stages.generation.in_process import InProcess
 from stages.rl.config import RlTrainConfig
 from stages.rl.protocols import Response, VerifierFailed
@@ -93,6 +94,44 @@ def test_sampler_and_trainer_agree_and_a_gap_stops_the_phase(place: Path, calm: 
         AtomError, match=r"rlvr: sampler and trainer differ by \S+ in a token's log-probability at step 1"
     ):
         rl_fixtures.rlvr(place, tmp_path / "work", tmp_path / "out", rl_fixtures.config(max_logprob_diff=1e-12))
+
+
+def test_answers_that_are_cut_off_raise_an_alarm_once_until_they_are_fewer(place: Path, tmp_path: Path) -> None:
+    report = train_fixtures.Reporter()
+    settings = rl_fixtures.config(steps=3, release_checkpoint_interval=3, max_truncated=0.01, max_looping=1.0)
+    rl_fixtures.rlvr(place, tmp_path / "work", tmp_path / "out", settings, report)
+    steps = [x for x in rl_fixtures.lines(tmp_path / "out") if "reward" in x]
+    answers = rollouts.read(tmp_path / "out/rollouts.parquet")
+    for x in steps:
+        of_step = [r for r in answers if r.step == x["step"]]
+        assert x["truncated"] == sum(not r.finished for r in of_step) / len(of_step) >= x["looping"]
+        assert x.get("alarms", {}) == ({"truncated": 0.01} if x["truncated"] > 0.01 else {})
+    assert any(x["truncated"] > 0.01 for x in steps), "nothing was cut off"
+    assert [note for note in report.notes if "alarm: rlvr: " in note and "more than max_truncated = 0.01" in note]
+    assert len([note for note in report.notes if "alarm" in note]) <= len(steps)
+
+
+def test_tasks_that_are_solved_always_or_never_are_left_out(place: Path, tmp_path: Path) -> None:
+    asked = json.loads("[" + ",".join((place / "tasks/tasks.jsonl").read_text().splitlines()) + "]")
+    # Of level 0 one is never solved, and one always; of level 1 none is used.
+    rates = {row["id"]: 0.5 if row["level"] == 0 else 1.0 for row in asked} | {"letter/0/3": 0.0, "letter/0/4": 1.0}
+    (tmp_path / "rates").mkdir()
+    (tmp_path / "rates/pass_rates.json").write_text(json.dumps(rates))
+    artifact = write_manifest(tmp_path / "rates", "pass-rates-test")
+    settings = rl_fixtures.config(steps=2, release_checkpoint_interval=2, pass_rates={})
+    rl_fixtures.rlvr(place, tmp_path / "work", tmp_path / "out", settings, pass_rates=artifact)
+    used = {r.task for r in rollouts.read(tmp_path / "out/rollouts.parquet")}
+    assert used <= {row["id"] for row in asked if row["level"] == 0} - {"letter/0/3", "letter/0/4"}
+    first, second = (x for x in rl_fixtures.lines(tmp_path / "out") if "reward" in x)
+    assert first["filtered"] == {
+        "letter/0": {"tasks": 12, "never": 1, "always": 1, "kept": 10},
+        "letter/1": {"tasks": 12, "never": 0, "always": 12, "kept": 0},
+    }
+    assert set(first["rates"]) == {"letter/0"} and "filtered" not in second
+    # A replay asks for the same tasks only with the same rates.
+    recorded = rl_fixtures.record(tmp_path / "out", tmp_path / "recorded")
+    rl_fixtures.rlvr(place, tmp_path / "w", tmp_path / "again", settings, rollouts=recorded, pass_rates=artifact)
+    assert rl_fixtures.trained(tmp_path / "again") == rl_fixtures.trained(tmp_path / "out")
 
 
 @pytest.mark.parametrize("at", [1, 3, 6])

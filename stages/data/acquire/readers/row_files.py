@@ -5,6 +5,8 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import math
+import re
 import zlib
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,7 +16,7 @@ from typing import IO, Annotated, Any, ClassVar, Literal, cast
 
 from pydantic import Field, model_validator
 
-from pipeline.core.bounds import License, Line, LongLine, Words
+from pipeline.core.bounds import License, Line, LongLine, Range, Words
 from pipeline.core.errors import AtomError
 from pipeline.core.stage import added
 from stages.data.acquire.licenses import notices
@@ -31,6 +33,10 @@ Values = Annotated[
     dict[Column, Annotated[tuple[LongLine, ...], Field(min_length=1, max_length=100)]], Field(max_length=10)
 ]
 LicenseStrings = Annotated[dict[Annotated[str, Words(2000)], License], Field(max_length=1000)]
+# Numbers by the names of fields.
+Numbers = Annotated[dict[Column, Annotated[float, Range(-1e9, 1e9)]], Field(max_length=10)]
+# The reasoning of a model, as sets of reasoning traces write it before the answer.
+THOUGHT = re.compile(r"\s*<think>(.*?)</think>(.*)", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +82,13 @@ class RowReader(FileReader):
     footer of a page; null: nowhere"""
     where: Values = added({})
     """values by the name of a field, such as `language: [English]`; rows with another value are left out"""
+    minimum: Numbers = added({})
+    """smallest number by the name of a field, such as `average_test_score: 1`; rows with a smaller one, or with none,
+    are left out. A number may be text, and a field with JSON is read as such: judgement.logic.score"""
+    think_tags: Literal["reasoning", "removed"] | None = added(None)
+    """what becomes of <think>…</think> at the beginning of an assistant's text: reasoning of the turn, or removed, so
+    that the answer alone is learnt; a text without it, or with more of it, is unreadable. null: texts have no such
+    tags"""
     url_field: Column | None = added(None)
     """field with the URL of a document; null: documents have none"""
     title_field: Column | None = added(None)
@@ -96,6 +109,12 @@ class RowReader(FileReader):
     def _check_tools(self) -> RowReader:
         if self.tools_field and not self.messages_field:
             raise ValueError("tools_field is set, but no messages_field; name the field that has the conversations")
+        return self
+
+    @model_validator(mode="after")
+    def _check_think_tags(self) -> RowReader:
+        if self.think_tags and not self.conversations:
+            raise ValueError("think_tags is set, but rows are plain text; give messages_field, or answer_field")
         return self
 
     @model_validator(mode="after")
@@ -128,8 +147,11 @@ class RowReader(FileReader):
         return shipped.extended(self.license_strings)
 
     def reads(self, row: Row) -> bool:
-        """Returns True unless `where` leaves a row out."""
-        return all(_has(row, field, values) for field, values in self.where.items())
+        """Returns True unless `where` or `minimum` leaves a row out."""
+        return all(_has(row, field, values) for field, values in self.where.items()) and all(
+            (number := _number_at(row.fields, field)) is not None and number >= least
+            for field, least in self.minimum.items()
+        )
 
     @property
     def columns(self) -> list[Column]:
@@ -145,6 +167,8 @@ class RowReader(FileReader):
             self.author_field,
             self.derived_from_field,
             *self.where,
+            # The column of a path in JSON has no columns of its own.
+            *(name.partition(".")[0] for name in self.minimum),
         )
         return [name for name in names if name]
 
@@ -190,6 +214,8 @@ class RowReader(FileReader):
                 yield self._document(row, licenses, name, content, parents)
                 continue
             try:
+                if self.think_tags:
+                    content = [_without_tags(message, self.think_tags) for message in content]
                 tools = None if self.tools_field is None else _tools(field_at(row.fields, self.tools_field))
                 # A conversation is one document for each turn of the assistant.
                 for number, (text, prompt_chars) in enumerate(turns(content, tools)):
@@ -268,6 +294,44 @@ def _has(row: Row, field: str, values: Sequence[str]) -> bool:
     """Returns True if a field has one of the values, or a list with one of them."""
     value = field_at(row.fields, field)
     return any(str(each) in values for each in (value if isinstance(value, list) else [value]))
+
+
+def _number_at(fields: Mapping[str, Any], path: str) -> float | None:
+    """Returns the number of a field, of which a part may be JSON; None if it is none."""
+    value: Any = fields
+    for name in (path,) if path in fields else path.split("."):
+        try:
+            value = json.loads(value) if isinstance(value, str) else value
+        except (ValueError, RecursionError):
+            return None
+        value = value.get(name) if isinstance(value, Mapping) else None
+    try:
+        number = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _without_tags(message: Any, use: str) -> Any:
+    """Returns a message whose reasoning is a field of its own, or removed.
+
+    Raises ValueError in words for a text of the assistant that does not begin with one reasoning. Calls of tools need
+    no text, and reasoning that has a field already stays there.
+    """
+    if not isinstance(message, Mapping) or message.get("role") != "assistant":
+        return message
+    content, fields = message.get("content"), dict(message)
+    if use == "removed":
+        fields.pop("reasoning_content", None)
+    if message.get("reasoning_content") or (message.get("tool_calls") and not content):
+        return fields
+    match = THOUGHT.fullmatch(content) if isinstance(content, str) else None
+    if match is None:
+        raise ValueError("a message of the assistant does not begin with <think>…</think>")
+    fields["content"] = match[2].strip()
+    if not fields["content"] and not message.get("tool_calls"):
+        raise ValueError("a message of the assistant has no answer after its reasoning")
+    return fields | ({"reasoning_content": match[1].strip()} if use == "reasoning" else {})
 
 
 def _tools(value: Any) -> list[Any]:
