@@ -176,7 +176,7 @@ def compose(recipe: Recipe, store: Store, without_data: bool = False) -> Graph:
     specs.append(baselines_node(measured))
     if config.sft:
         specs += chat_nodes(measured, chat_models, specs)
-    specs += harness_nodes(measured, benchmarks)
+    specs += harness_nodes(measured, benchmarks, chat_models)
     final = list(models.values())[-1]
     repositories = {name: f"{config.release.namespace}/{config.name}-{name}" for name in models}
     if start and not config.pretrain:
