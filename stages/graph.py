@@ -97,6 +97,7 @@ STAGES = {
     "contamination": "stages.evaluation.contamination",
     "baselines": "stages.evaluation.baselines",
     "harness": "stages.evaluation.harness",
+    "benchmark-changes": "stages.evaluation.benchmark_changes",
     "variant": "stages.export.variants.stage",
 }
 """{stage: its module, and after a colon its name there if that is not STAGE}.

@@ -91,15 +91,17 @@ def run(config: HarnessConfig, inputs: Inputs, work: Path, out: Path, report: Re
         AtomError: The harness or a task is missing.
     """
     rows = list[ItemResult]()
+    lower = dict[str, set[str]]()
     for measured in compute(_pieces(config, inputs), work, partial(_load, config, inputs, work), report, "tasks"):
         rows += measured["rows"]
+        lower.setdefault(measured["set"], set()).update(measured["lower"])
         if left_out := measured["left_out"]:
             report.note(f"{measured['task']}: not means over items, and left out: {', '.join(left_out)}")
     write_rows(out / "items.parquet", RESULTS, rows)
     scores = summary(rows)
     write_json(out / "scores.json", scores)
     task_sets = {
-        name: {**row, "forms": forms, **config.engine.stated()}
+        name: {**row, "forms": forms, "lower": sorted(lower[name]), **config.engine.stated()}
         for name, row in inputs["benchmarks"].json("tasks.json").items()
         if (forms := config.forms.get(name, (RAW,)))
     }
@@ -267,7 +269,7 @@ def _measure(
     limit: int | None,
     max_new_tokens: int | None,
 ) -> dict[str, Any]:
-    """Returns the `rows` of one task in one form, and the metrics that are `left_out`."""
+    """Returns the `rows` of one task in one form, and the metrics that are `left_out`, or better if `lower`."""
     import datasets
 
     if form == CHAT:
@@ -327,7 +329,8 @@ def _measure(
     if form == CHAT and isinstance(samples[0]["resps"][0][0], str):
         each = list({sample["doc_id"]: sample for sample in samples}.values())
         add(CUT_OFF, "none", each, [_is_cut_off(sample) for sample in each])
-    return {"task": name, "rows": rows, "left_out": left_out}
+    lower = sorted(metric for metric, is_better in higher.items() if not is_better)
+    return {"set": task_set, "task": name, "rows": rows, "left_out": left_out, "lower": lower}
 
 
 def _is_cut_off(sample: dict[str, Any]) -> bool:

@@ -300,9 +300,9 @@ def harness_nodes(measured: Measured, benchmarks: Mapping[str, Any], chat_models
     section, engine = measured.section.harness, measured.section.engine
     if section is None:
         return []
-    # A model with a step is a checkpoint from within a phase.
-    models = [model for model in measured.models.values() if model.step is None]
-    specs = []
+    # A model with a step is a checkpoint from within a phase; what merging gave is measured on held-out text.
+    models = [m for m in measured.models.values() if m.step is None and not m.name.startswith("unmerged-")]
+    specs: list[NodeSpec] = []
     for model in models if section.every_model else models[-1:]:
         converses = model.name in chat_models
         if not (pieces := section.pieces(converses)):
@@ -317,6 +317,10 @@ def harness_nodes(measured: Measured, benchmarks: Mapping[str, Any], chat_models
         }
         inputs = {"model": model.export_node, "benchmarks": "benchmarks"}
         specs.append(NodeSpec(f"harness-{model.name}", "harness", config, inputs))
+    if len(specs) > 1:
+        names = [spec.name for spec in specs]
+        config = {"models": [name.removeprefix("harness-") for name in names]}
+        specs.append(NodeSpec("benchmark-changes", "benchmark-changes", config, {name: name for name in names}))
     return specs
 
 

@@ -23,6 +23,7 @@ from release.checks.scores import score_problems
 from release.facts.score_facts import read_harness
 from release.layout import folders_of
 from release.published_files import placement
+from stages.evaluation import benchmark_changes
 from stages.evaluation import harness as harness_stage
 from stages.evaluation.harness import language_model
 from stages.evaluation.model_evaluation import load_tokenizer
@@ -201,6 +202,14 @@ def test_a_recipe_with_task_sets_decontaminates_for_them(own_tasks: Path, tmp_pa
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(body))
     graph = dag.compose(recipes.load(str(tmp_path / "recipe.yaml")), Store(tmp_path / "home"))
     assert graph.nodes.keys() - without.nodes.keys() == {"benchmarks", "harness-rlvr"}
+    body["evaluation"]["harness"]["every_model"] = True
+    (tmp_path / "every.yaml").write_text(yaml.safe_dump(body))
+    every = dag.compose(recipes.load(str(tmp_path / "every.yaml")), Store(tmp_path / "home")).nodes
+    measured = [name for name in every if name.startswith("harness-")]
+    assert measured == ["harness-base", "harness-mid", "harness-sft", "harness-rlvr"]
+    assert list(every["benchmark-changes"].inputs) == measured
+    assert every["harness-rlvr"].key == graph.nodes["harness-rlvr"].key
+    body["evaluation"]["harness"]["every_model"] = False
     assert graph.nodes["filter"].inputs["benchmarks"] == "benchmarks"
     assert graph.nodes["contamination"].inputs["benchmarks"] == "benchmarks"
     assert graph.nodes["tasks-rlvr"].inputs["benchmarks"] == "benchmarks"
@@ -256,6 +265,9 @@ def test_a_release_holds_the_results_and_verifies_them(tmp_path: Path) -> None:
             (name, f"dataset/evaluation/harness/mid/{name}"),
             (name, f"model/evaluation/harness/{name}"),
         ]
+    assert [place for _, place in placed("benchmark-changes", "changes.json")] == [
+        f"{folder}/evaluation/harness/changes.json" for folder in ("dataset", "model-base", "model")
+    ]
     folder = tmp_path / "evaluation/harness/mid"
     folder.mkdir(parents=True)
     rows: list[Any] = [
@@ -266,12 +278,25 @@ def test_a_release_holds_the_results_and_verifies_them(tmp_path: Path) -> None:
     write_rows(folder / "items.parquet", harness_stage.RESULTS, rows)
     write_json(folder / "scores.json", harness_stage.summary(rows))
     assert score_problems(tmp_path / "evaluation") == []
-    stated = {"license": "CC0-1.0", "license_evidence": "this test", "revision": None}
+    stated = {"license": "CC0-1.0", "license_evidence": "this test", "revision": None, "pooled": False, "lower": []}
     write_json(folder / "tasks.json", {"own": stated})
     lines = tables.task_sets(read_harness(folder))
-    assert "| own | sums | acc | 4 | 0.500±0.289 |" in lines
+    assert "| own | sums | acc | as plain text | the task's | 4 | 0.500±0.289 |" in lines
     assert lines[-1] == "Licenses of the data: own: CC0-1.0 (this test)."
     assert tables.task_sets(read_harness(tmp_path)) == []
+    # The changes follow from the tables of both models.
+    later = [{**row, "value": 1} for row in rows]
+    write_rows(folder.parent / "sft/items.parquet", harness_stage.RESULTS, later)
+    write_json(folder.parent / "sft/scores.json", harness_stage.summary(later))
+    write_json(folder.parent / "sft/tasks.json", {"own": stated})
+    changed = benchmark_changes.changes({"mid": rows, "sft": later}, {name: {"own": stated} for name in ("mid", "sft")})
+    write_json(folder.parent / "changes.json", changed)
+    assert score_problems(tmp_path / "evaluation") == []
+    changed["changes"][0]["verdict"] = "better"
+    write_json(folder.parent / "changes.json", changed)
+    problem = "evaluation/harness/changes.json is not what the tables of the models give"
+    assert score_problems(tmp_path / "evaluation") == [problem]
+    (folder.parent / "changes.json").unlink()
     rows[0]["value"] = 1.0
     write_json(folder / "scores.json", harness_stage.summary(rows))
     assert score_problems(tmp_path / "evaluation") == ["evaluation/harness/mid/scores.json is not what its tables give"]
