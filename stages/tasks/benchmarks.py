@@ -15,7 +15,9 @@ from __future__ import annotations
 import contextlib
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypedDict
 
@@ -32,6 +34,7 @@ from stages.formats.table import Int32, String, columns_of, read_table, write_js
 
 # Of a folder of tasks.
 MOST_FILES = 10_000
+OWN_TASKS = Path(__file__).with_name("benchmark_tasks")
 # Assumed items of a task of one's own, and tokens of an item, once with each of its choices. The test set of MMLU has
 # 6,967,453 bytes, 496 an item (README of cais/mmlu on the Hub), so 125 tokens of four bytes, read with four choices.
 TASK_ITEMS, ITEM_TOKENS = 2000, 500
@@ -81,7 +84,22 @@ class TaskSet(Config):
 def _packaged() -> dict[str, TaskSet]:
     """Returns the task sets of task_sets.yaml, by name."""
     body = read_trusted(Path(__file__).with_name("task_sets.yaml"))
-    return {name: TaskSet(name=name, **fields) for name, fields in body.items()}
+    own = {"folder": str(OWN_TASKS), "folder_digest": _digest(_files(OWN_TASKS), OWN_TASKS)}
+    packaged = {}
+    for name, fields in body.items():
+        is_own = fields.pop("own", False)
+        packaged[name] = TaskSet(name=name, **fields, **(own if is_own else {}))
+    return packaged
+
+
+def _files(folder: Path) -> list[Path]:
+    """Returns the files of a folder of tasks, without what Python compiles beside them."""
+    paths = sorted(folder.rglob("*")) if folder.is_dir() else []
+    return [path for path in paths if path.is_file() and "__pycache__" not in path.parts]
+
+
+def _digest(files: Iterable[Path], folder: Path) -> str:
+    return tree_digest((path.relative_to(folder).as_posix(), sha256_file(path)) for path in files)
 
 
 TASK_SETS = _packaged()
@@ -191,13 +209,13 @@ class HarnessSection(Config):
 
 def _of_folder(tasks: TaskFolder, base: Path, where: str) -> TaskSet:
     folder = (base / tasks.path).resolve()
-    files = sorted(path for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else []
+    files = _files(folder)
     if not any(path.suffix == ".yaml" for path in files) or len(files) > MOST_FILES:
         raise RecipeError(
             f"{where}: task set {tasks.name} needs a folder of at most {MOST_FILES:,} files with a YAML file for each "
             f"task, and {folder} is none; correct its path"
         )
-    digest = tree_digest((path.relative_to(folder).as_posix(), sha256_file(path)) for path in files)
+    digest = _digest(files, folder)
     # The tasks of a folder can change without a new name; the digest in the key notices that.
     if tasks.digest not in ("auto", digest):
         raise RecipeError(
@@ -250,7 +268,9 @@ def run(config: BenchmarksConfig, inputs: Inputs, work: Path, out: Path, report:
     stated: dict[str, Any] = {}
     for task_set in config.sets:
         if task_set.folder is not None:
-            shutil.copytree(task_set.folder, out / "folders" / task_set.name)
+            shutil.copytree(
+                task_set.folder, out / "folders" / task_set.name, ignore=shutil.ignore_patterns("__pycache__")
+            )
         tasks = load_tasks(task_set, None if task_set.folder is None else Path(task_set.folder))
         for name, task in sorted(tasks.items()):
             # Files are named by the task, and results too.
@@ -311,8 +331,13 @@ def load_task(manager: Any, name: str, settings: Mapping[str, Any]) -> Any:
     return manager.load({"group": "sealed", "task": [{"task": name, **settings}]})["tasks"][name]
 
 
+@cache
 def task_manager(folder: Path | None) -> Any:
-    """Returns the harness's index of tasks: of a folder alone, or its own. Raises AtomError without the harness."""
+    """Returns the harness's index of tasks: of a folder alone, or its own, which takes seconds.
+
+    Raises:
+        AtomError: The harness is not installed.
+    """
     try:
         from lm_eval.tasks import TaskManager
     except ImportError as error:
@@ -322,9 +347,16 @@ def task_manager(folder: Path | None) -> Any:
 
 @contextlib.contextmanager
 def in_folder(folder: Path | None) -> Iterator[None]:
-    """Runs in that folder, so that YAML files name data beside them."""
-    with contextlib.nullcontext() if folder is None else contextlib.chdir(folder):
-        yield
+    """Runs in that folder, so that YAML files name data beside them.
+
+    Python compiles no functions of the YAML files into it: the folder may be sealed.
+    """
+    compiles, sys.dont_write_bytecode = sys.dont_write_bytecode, True
+    try:
+        with contextlib.nullcontext() if folder is None else contextlib.chdir(folder):
+            yield
+    finally:
+        sys.dont_write_bytecode = compiles
 
 
 @contextlib.contextmanager

@@ -110,9 +110,11 @@ def own_tasks(tmp_path: Path) -> Path:
 def test_a_plan_counts_the_items_of_known_sets(tmp_path: Path) -> None:
     """Of MMLU 14,042; of a folder 2,000 a task, or the limit."""
     mmlu = HarnessSection(sets=("mmlu",))
-    assert mmlu.tokens() == 14_042 * 500
-    assert HarnessSection(sets=("mmlu",), limit=10).tokens() == 57 * 10 * 500
-    assert HarnessSection(sets=("arc",), limit=10_000).tokens() == 3548 * 500
+    assert mmlu.tokens() == 14_042 * 500 * 6, "with five examples"
+    assert HarnessSection(sets=("mmlu",), limit=10).tokens() == 57 * 10 * 500 * 6
+    assert HarnessSection(sets=("truthfulqa",), limit=10_000).tokens() == 1634 * 500
+    both = HarnessSection(sets=("gsm8k",), max_new_tokens=1000)
+    assert both.tokens(True) == 1319 * (2 * 500 * 6 + 1000) and both.tokens() == 1319 * 500 * 6
     assert "items" not in identity(TASK_SETS["mmlu"])
 
 
@@ -171,8 +173,9 @@ def test_each_task_set_names_tasks_of_the_harness_that_read_one_dataset() -> Non
     from lm_eval import tasks as harness_tasks
 
     paths: dict[str, str] = {}
-    for folder in ("arc", "gsm8k", "mmlu/default", "truthfulqa"):
-        for path in sorted((Path(harness_tasks.__file__).parent / folder).glob("*.yaml")):
+    folders = [Path(harness_tasks.__file__).parent / name for name in ("arc", "gsm8k", "hellaswag", "mmlu/default")]
+    for folder in (*folders, Path(harness_tasks.__file__).parent / "truthfulqa", benchmarks.OWN_TASKS):
+        for path in sorted(folder.glob("*.yaml")):
             loader = yaml.SafeLoader(path.read_text())
             loader.yaml_constructors = {**loader.yaml_constructors, "!function": lambda *_: None}
             body = loader.get_single_data()
@@ -181,7 +184,9 @@ def test_each_task_set_names_tasks_of_the_harness_that_read_one_dataset() -> Non
             if isinstance(body.get("task"), str):
                 paths[body["task"]] = body["dataset_path"]
     datasets = {"arc": "allenai/ai2_arc", "gsm8k": "openai/gsm8k", "mmlu": "cais/mmlu"}
-    datasets["truthfulqa"] = "truthfulqa/truthful_qa"
+    datasets |= {"truthfulqa": "truthfulqa/truthful_qa", "hellaswag": "Rowan/hellaswag"}
+    datasets |= {"math": "EleutherAI/hendrycks_math", "humaneval": "openai/openai_humaneval"}
+    datasets |= {"mbpp": "google-research-datasets/mbpp"}
     assert TASK_SETS.keys() == datasets.keys()
     for name, task_set in TASK_SETS.items():
         assert {paths[task] for task in task_set.tasks} == {datasets[name]}

@@ -118,6 +118,6 @@ def test_sources_and_benchmarks_come_from_a_local_hub(tmp_path: Path) -> None:
     assert len(probes) == 30 and all(probe["kept_documents"] for probe in probes.values()), probes
     sealed = Artifact.open(next(home.glob("artifacts/benchmarks-*")))
     sets = {name: len(stated["tasks"]) for name, stated in sealed.json("tasks.json").items()}
-    assert sets == {"arc": 2, "gsm8k": 1, "truthfulqa": 2}
+    assert sets == {"arc": 2, "hellaswag": 1, "gsm8k": 1, "truthfulqa": 2, "math": 7, "humaneval": 1, "mbpp": 1}
     texts = dict(benchmarks.texts_of(sealed))
-    assert len(texts) == 2 * 5 and texts["arc/arc_easy/000000"].startswith("Question: ")
+    assert len(texts) == 2 * 15 and texts["arc/arc_easy/000000"].startswith("Question: ")
