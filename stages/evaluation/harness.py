@@ -136,6 +136,7 @@ def _pieces(config: HarnessConfig, inputs: Inputs) -> list[Piece[Any]]:
     """Returns a piece for each task."""
     benchmarks = inputs["benchmarks"]
     pieces: list[Piece[Any]] = []
+    of_harness = {each.name: each.of_harness for each in config.sets}
     for task_set, stated in benchmarks.json("tasks.json").items():
         folder = benchmarks / "folders" / task_set if stated["folder"] else None
         for form in config.forms.get(task_set, (RAW,)):
@@ -147,6 +148,7 @@ def _pieces(config: HarnessConfig, inputs: Inputs) -> list[Piece[Any]]:
                     form=form,
                     shots=stated["shots"],
                     folder=folder,
+                    of_harness=of_harness[task_set],
                     data=benchmarks / data_folder(name),
                     limit=config.limit,
                     max_new_tokens=config.max_new_tokens,
@@ -265,6 +267,7 @@ def _measure(
     form: Form,
     shots: int | None,
     folder: Path | None,
+    of_harness: str | None,
     data: Path,
     limit: int | None,
     max_new_tokens: int | None,
@@ -287,7 +290,7 @@ def _measure(
             return next(iter(self.values())).select([])
 
     splits = Splits({path.stem: datasets.Dataset.from_parquet(str(path)) for path in sorted(data.glob("*.parquet"))})
-    manager = task_manager(folder)
+    manager = task_manager(folder, of_harness)
     with in_folder(folder):
         task = load_task(manager, name, {"custom_dataset": lambda **_: splits, **shots_of(shots)})
         result = evaluate(model, [task], manager, limit, chat=form == CHAT)

@@ -66,6 +66,8 @@ class TaskSet(Config):
     """revision of the dataset on the Hub; null: data of a folder"""
     folder: Text | None = operational(None)
     """folder of the YAML files; null: the harness has the tasks"""
+    of_harness: Text | None = operational(None)
+    """folder of the tasks in the harness, which is read alone; null: all of it, which takes seconds"""
     folder_digest: TreeDigest | None = Field(default=None)
     """digest of the files of the folder; null: no folder"""
     items: Annotated[int, Range(1, 1e9)] | None = operational(None)
@@ -299,7 +301,7 @@ def load_tasks(task_set: TaskSet, folder: Path | None) -> dict[str, Any]:
 
     Raises AtomError if one is unknown or cannot be read.
     """
-    manager = task_manager(folder)
+    manager = task_manager(folder, task_set.of_harness)
     if unknown := [name for name in task_set.tasks if name not in manager.all_subtasks]:
         raise AtomError(
             f"task set {task_set.name}: the harness has no task {unknown[0]}; name tasks, not groups or tags of tasks"
@@ -332,16 +334,19 @@ def load_task(manager: Any, name: str, settings: Mapping[str, Any]) -> Any:
 
 
 @cache
-def task_manager(folder: Path | None) -> Any:
-    """Returns the harness's index of tasks: of a folder alone, or its own, which takes seconds.
+def task_manager(folder: Path | None, of_harness: str | None = None) -> Any:
+    """Returns the harness's index of tasks: of a folder alone, or its own, of a folder of it or of all.
 
     Raises:
         AtomError: The harness is not installed.
     """
     try:
+        from lm_eval import tasks
         from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise AtomError(f"the harness is not installed ({error}); {installing('harness')}") from None
+    if folder is None and of_harness:
+        folder = Path(tasks.__file__).parent / of_harness
     return TaskManager(include_path=None if folder is None else str(folder), include_defaults=folder is None)
 
 

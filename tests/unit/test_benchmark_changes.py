@@ -7,6 +7,9 @@ from typing import Any
 
 import pytest
 
+from release.cards import tables
+from release.facts.model_facts import ModelFacts, Parameters
+from release.facts.score_facts import HarnessFacts
 from stages.confidence import clustered
 from stages.evaluation.benchmark_changes import BETTER, UNCLEAR, WORSE, changes, pooled
 
@@ -79,3 +82,18 @@ def test_a_mean_over_all_tasks_weighs_items_alike() -> None:
     ((metric, figure),) = pooled({task: {"acc,none": clustered(each)} for task, each in values.items()})
     assert (metric, figure["n"], figure["value"]) == ("acc,none", 6, pytest.approx(0.5))
     assert figure["se"] == pytest.approx(4 * 0.25 / 6)
+
+
+def test_a_card_shows_changes_up_to_its_model() -> None:
+    values = {"base": [0, 1] * 20, "sft": [1, 1] * 20, "rlvr": [0, 1] * 20}
+    found = {name: rows([float(v) for v in each]) for name, each in values.items()}
+    stated = {"set": {**STATED["set"], "license": "MIT", "license_evidence": "this test", "revision": None}}
+    facts = HarnessFacts({}, stated, changes(found, dict.fromkeys(found, STATED))["changes"])
+    cards = []
+    for name in ("sft", "rlvr"):
+        scores: Any = {each: {} for each in list(values)[: list(values).index(name) + 1]}
+        cards.append(tables.benchmark_changes(ModelFacts("A", {}, None, Parameters(1, 1, 1), scores, harness=facts)))
+    assert [len(lines) - 4 for lines in cards] == [1, 3], "a card compares with earlier models alone"
+    row = "| base → after SFT | set: one | acc | as plain text | +0.500 (+0.338 to +0.662) | better |"
+    assert cards[0][-1].split(" | ")[1:] == row.split(" | ")[1:] and cards[1][-2].endswith("| worse |")
+    assert cards[1][-1].endswith("| no clear change |")

@@ -22,8 +22,9 @@ from stages.rl.sandbox import missing
 from stages.tasks import benchmark_scoring, benchmarks
 from stages.tasks.benchmarks import TASK_SETS, HarnessSection
 from tests.fixtures import ROOT, miniature_hub, release_fixtures
+from tests.fixtures.run_fixtures import at_length
 
-LIMIT, CONTEXT = 2, 1200
+LIMIT, CONTEXT = 2, 256
 # One task of each, since every configuration of a dataset takes time.
 SETS = {name: each.model_copy(update={"tasks": each.tasks[:1]}) for name, each in TASK_SETS.items()}
 
@@ -66,6 +67,7 @@ def run_with_hub(code: str, arguments: list[str], endpoint: str, cache: Path) ->
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+@at_length("miniatures", 20)
 def test_each_set_is_answered_in_its_forms(
     sealed: Artifact, tmp_path: Path, run_stage: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -96,7 +98,9 @@ def test_each_set_is_answered_in_its_forms(
     assert all(
         sum(r["set"] == name and r["metric"] == m for r in rows) == LIMIT for name, m, _ in metrics if name != "gsm8k"
     )
-    assert sorted(path.name for path in sealed.path.rglob("*")) == before, "Python compiles nothing into a sealed folder"
+    assert sorted(path.name for path in sealed.path.rglob("*")) == before, (
+        "Python compiles nothing into a sealed folder"
+    )
 
 
 def test_items_of_every_set_are_found_in_training_text(sealed: Artifact) -> None:
