@@ -348,4 +348,11 @@ def _response(sample: dict[str, Any]) -> str:
     return responses[0] if isinstance(responses[0], str) else json.dumps(responses, default=float)
 
 
-STAGE = Stage("harness", VERSION, HarnessConfig, run, **estimates.of_engine(), run_shard=run_shard)
+def lack(config: HarnessConfig) -> str | None:
+    """Returns what this machine lacks for the engine, or to score answers, in one sentence; None if nothing."""
+    from stages.tasks.benchmark_scoring import obstacle_of
+
+    return config.engine.lack or obstacle_of(each for each in config.sets if config.forms.get(each.name, (RAW,)))
+
+
+STAGE = Stage("harness", VERSION, HarnessConfig, run, **{**estimates.of_engine(), "lack": lack}, run_shard=run_shard)

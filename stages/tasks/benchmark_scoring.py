@@ -8,16 +8,19 @@ math-verify with a limit on its time.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from typing import Any
 
-from stages.rl.protocols import Response, Verifier, make_verifier
+from stages.rl.protocols import Response, Verifier, make_verifier, obstacle
 from stages.rl.rollout.task_sources.stored_tasks import check_of, tests_of
 from stages.tasks import Row
+from stages.tasks.benchmarks import OWN_TASKS, TaskSet
 
 # The metric of these tasks.
 SOLVED = "solved"
+# The verifier of the tasks of each set.
+VERIFIERS = {"math": "math-verify", "humaneval": "python-tests", "mbpp": "python-tests"}
 BOX = "\\boxed{"
 
 
@@ -29,6 +32,12 @@ def _verifier(name: str) -> Verifier:
         AtomError: It cannot run on this machine.
     """
     return make_verifier(name)
+
+
+def obstacle_of(task_sets: Iterable[TaskSet]) -> str | None:
+    """Returns the reason why answers to one of these sets cannot be scored on this machine, if any."""
+    own = {task_set.name for task_set in task_sets if task_set.folder == str(OWN_TASKS)}
+    return obstacle([VERIFIERS[name] for name in own], {})
 
 
 def _solved(verifier: str, row: Row, answer: str) -> dict[str, float]:

@@ -86,7 +86,7 @@ class TaskSet(Config):
 def _packaged() -> dict[str, TaskSet]:
     """Returns the task sets of task_sets.yaml, by name."""
     body = read_trusted(Path(__file__).with_name("task_sets.yaml"))
-    own = {"folder": str(OWN_TASKS), "folder_digest": _digest(_files(OWN_TASKS), OWN_TASKS)}
+    own: dict[str, Any] = {"folder": str(OWN_TASKS), "folder_digest": _digest(_files(OWN_TASKS), OWN_TASKS)}
     packaged = {}
     for name, fields in body.items():
         is_own = fields.pop("own", False)

@@ -140,6 +140,16 @@ def test_right_and_wrong_answers_to_tasks_of_this_project() -> None:
     assert benchmark_scoring.mbpp_results(rows["mbpp"], [code.replace("+", "-")]) == {"solved": 0}
 
 
+def test_a_machine_without_the_sandbox_is_told_before_anything_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    def lack(*names: str, forms: tuple[str, ...] = ("chat",)) -> str | None:
+        config = {"sets": [SETS[name] for name in names], "forms": dict.fromkeys(names, forms)}
+        return harness.lack(harness.HarnessConfig.model_validate(config))
+
+    monkeypatch.setenv("PATH", "")
+    assert "run what the model writes" in str(lack("arc", "mbpp"))
+    assert lack("arc", "math") is lack("mbpp", forms=()) is None, "a model that is not asked needs no sandbox"
+
+
 def test_no_recipe_trains_on_a_test_split_or_on_ifeval() -> None:
     """Neither sources nor tasks: of a repository with items, at most other files than its test split."""
     text = "".join(
