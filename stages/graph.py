@@ -109,6 +109,7 @@ STAGES = {
     "contamination": "stages.evaluation.contamination",
     "baselines": "stages.evaluation.baselines",
     "harness": "stages.evaluation.harness",
+    "benchmark-changes": "stages.evaluation.benchmark_changes",
     "variant": "stages.export.variants.stage",
 }
 """{stage: its module, and after a colon its name there if that is not STAGE}.
@@ -205,7 +206,8 @@ def compose(recipe: Recipe, store: Store, without_data: bool = False) -> Graph:
     specs.append(baselines_node(measured))
     if config.sft:
         specs += chat_nodes(measured, chat_models, specs)
-    specs += harness_nodes(measured, benchmarks) + pass_rates_nodes(measured, base, config.rlvr, training_seed)
+    specs += harness_nodes(measured, benchmarks, chat_models)
+    specs += pass_rates_nodes(measured, base, config.rlvr, training_seed)
     repositories = {name: f"{config.release.namespace}/{config.name}-{name}" for name in models}
     if start and not config.pretrain:
         repositories["base"] = start.repo

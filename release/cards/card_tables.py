@@ -155,6 +155,7 @@ MODEL_TABLES: tuple[CardTable[ModelFacts], ...] = (
         lambda model: tables.task_sets(model.harness),
         heading="Task sets of lm-evaluation-harness",
     ),
+    CardTable("benchmark_changes", tables.benchmark_changes, heading="What each phase changed on task sets"),
 )
 """Tables of model.md.jinja that a model repository alone can prove."""
 

@@ -18,8 +18,10 @@ from release.facts.model_facts import ModelFacts
 from release.facts.run_facts import Changes, Checkpoint, Intervention, Trained
 from release.facts.score_facts import HarnessFacts
 from release.facts.variant_facts import VariantFacts
-from release.layout import MERGE, UNMERGED, numbered, trained_by
+from release.layout import MERGE, UNMERGED, numbered, trained_by, when
 from stages.confidence import Figure, half_width
+from stages.evaluation.benchmark_changes import is_shown, pooled
+from stages.evaluation.harness import CUT_OFF
 from stages.evaluation.scores import ModelScores, Proportion
 from stages.train.rehearsal import within
 
@@ -441,23 +443,65 @@ def task_sets(facts: HarnessFacts | None) -> list[str]:
     """Returns the scores of task sets of lm-evaluation-harness; none if the recipe has no task sets."""
     if facts is None:
         return []
-    body = [
-        [task_set, task, metric.removesuffix(",none"), count(figure["n"]), with_error(figure, 3)]
-        for task_set, tasks in facts.scores.items()
-        for task, metrics in tasks.items()
-        for metric, figure in metrics.items()
-    ]
+    body = []
+    for task_set, tasks in facts.scores.items():
+        stated = facts.task_sets[task_set]
+        shown: Mapping[str, Mapping[str, Any]] = tasks
+        if stated.get("pooled"):
+            shown = {f"all {len(stated['tasks'])}": dict(pooled(tasks))}
+        body += [
+            [task_set, task, *metric_and_form(metric), _shots(stated), count(figure["n"]), with_error(figure, 3)]
+            for task, metrics in shown.items()
+            for metric, figure in metrics.items()
+            if metric.startswith(CUT_OFF) or is_shown(",".join(metric.split(",")[:2]), stated)
+        ]
     licenses = []
     for name, stated in facts.task_sets.items():
         revision = f"; revision {stated['revision']}" if stated["revision"] else ""
         licenses.append(f"{name}: {stated['license']} ({stated['license_evidence']}{revision})")
     return [
-        "Means over items, ± standard error. Decontamination searched the training data for these items.",
+        "Means over items, ± standard error. Decontamination searched the training data for these items. Examples are "
+        "those shown before each question. In conversation, the question goes through the model's chat template, and "
+        f"what stands after the thinking is scored; `{CUT_OFF}` is the share of answers that were cut off in their "
+        "thinking, which are wrong.",
         "",
-        *table(["set", "task", "metric", "items", "score"], body),
+        *table(["set", "task", "metric", "asked", "examples", "items", "score"], body),
         "",
         f"Licenses of the data: {'; '.join(licenses)}.",
     ]
+
+
+def metric_and_form(metric: str) -> tuple[str, str]:
+    """Returns the name of a metric of `scores.json` of the stage harness for people, and how the model was asked."""
+    name, kind, *form = metric.split(",")
+    return name if kind == "none" else f"{name}, {kind}", "in conversation" if form else "as plain text"
+
+
+def _shots(stated: Mapping[str, Any]) -> str:
+    shots = stated.get("shots")
+    return "the task's" if shots is None else str(shots)
+
+
+def benchmark_changes(model: ModelFacts) -> list[str]:
+    """Returns how this model and those before it differ on task sets; none if one model was measured."""
+    # A card compares with earlier models alone.
+    latest = when(model.name())
+    rows = [row for row in model.harness.changes if when(row["after"]) <= latest] if model.harness else []
+    body = [
+        [
+            f"{title(row['before'])} → {title(row['after'])}",
+            f"{row['set']}: {row['task']}" if row["task"] else row["set"],
+            *metric_and_form(row["metric"]),
+            f"{row['change']['value']:+.3f} ({row['low']:+.3f} to {row['high']:+.3f})",
+            row["verdict"],
+        ]
+        for row in rows
+    ]
+    sentence = (
+        "Differences on the same items, with their 95 % interval. Inside the noise there is no clear change. Of twenty "
+        "changes without any effect, one is expected to look like one."
+    )
+    return explained_table(sentence, ["models", "set", "metric", "asked", "change", "verdict"], body)
 
 
 def variant_loss(facts: VariantFacts) -> list[str]:

@@ -20,11 +20,13 @@ from release.checks.check import BuildContext, Findings
 from release.facts.published_tables import read_json, stream_rows
 from release.facts.score_facts import (
     BASELINES,
+    CHANGES,
     CONTAMINATION,
     HARNESS,
     TEXT_ITEMS,
     chat_tables_of,
     compute_baselines,
+    compute_changes,
     compute_chat_scores,
     compute_harness,
     compute_scores,
@@ -67,6 +69,9 @@ def score_problems(evaluation: Path) -> list[str]:
         stated = path.with_name("scores.json")
         if not stated.exists() or not _equals_measured(stated, compute_harness(path.parent)):
             problems.append(f"evaluation/{HARNESS}/{path.parent.name}/scores.json is not what its tables give")
+    changes = evaluation / HARNESS / CHANGES
+    if changes.exists() and not _equals_measured(changes, compute_changes(changes.parent)):
+        problems.append(f"evaluation/{HARNESS}/{CHANGES} is not what the tables of the models give")
     return problems
 
 

@@ -16,7 +16,13 @@ from release.facts.published_tables import read_json, read_rows, stream_rows
 from release.layout import UNMERGED, trained_by, when
 from stages.confidence import Ratio, ratio
 from stages.evaluation.pass_at_k import GREEDY
-from stages.evaluation.scores import HarnessScores, ModelScores, SourceBaselines
+from stages.evaluation.scores import (
+    BenchmarkChange,
+    BenchmarkChanges,
+    HarnessScores,
+    ModelScores,
+    SourceBaselines,
+)
 from stages.formats.table import read_jsonl
 
 ChatScores = dict[str, Any]
@@ -32,6 +38,8 @@ BASELINES = "evaluation/baselines/report.json"
 
 HARNESS = "harness"
 """The folder with the results of lm-evaluation-harness, in the same places."""
+CHANGES = "changes.json"
+"""In that folder, the differences between the models of the release."""
 TEXT_ITEMS = "text_items"
 """The folder with the items of held-out text, in `evaluation/` of a dataset repository."""
 
@@ -92,17 +100,21 @@ class HarnessFacts:
         scores: Its scores.
         task_sets: By name the tasks, the license of the data and its evidence, the revision, and the engine if it is
             not the stage's process.
+        changes: The differences between models of the release on these items; empty if one was measured.
     """
 
     scores: HarnessScores
     task_sets: dict[str, Any]
+    changes: Sequence[BenchmarkChange] = ()
 
 
 def read_harness(folder: Path) -> HarnessFacts | None:
     """Returns the published results of a model; None if it was not measured."""
     if not (folder / "scores.json").exists():
         return None
-    return HarnessFacts(read_json(folder / "scores.json"), read_json(folder / "tasks.json"))
+    path = folder / CHANGES
+    changes = read_json(path)["changes"] if path.exists() else ()
+    return HarnessFacts(read_json(folder / "scores.json"), read_json(folder / "tasks.json"), changes)
 
 
 def compute_harness(folder: Path) -> HarnessScores:
@@ -111,6 +123,18 @@ def compute_harness(folder: Path) -> HarnessScores:
 
     rows: Any = read_rows(folder / "items.parquet")
     return harness.summary(rows)
+
+
+def compute_changes(folder: Path) -> BenchmarkChanges:
+    """Returns the differences between models, recomputed from the tables of their items.
+
+    `folder` has a folder for each model, and `changes.json`, which states their order.
+    """
+    from stages.evaluation.benchmark_changes import changes
+
+    models = read_json(folder / CHANGES)["models"]
+    tables: Any = {name: read_rows(folder / name / "items.parquet") for name in models}
+    return changes(tables, {name: read_json(folder / name / "tasks.json") for name in models})
 
 
 def chat_tables_of(evaluation: Path, benchmark: str) -> list[Path]:

@@ -6,7 +6,7 @@ because the server knows tokens alone.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,11 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from pipeline.core.errors import AtomError
+from stages.evaluation.harness_chat import MAX_NEW_TOKENS, require_room
 from stages.formats.tokenizer import END, without_special
 from stages.generation.engine import Engine
 from stages.generation.vllm_model import Client, context_of, has_scaled_rope
 
-# Tokens of an answer to a task that states no number, as the harness has it for transformers.
-MAX_NEW_TOKENS = 256
 SAMPLING = ("temperature", "top_p", "top_k")
 
 
@@ -54,6 +52,10 @@ class Served(TemplateLM):  # type: ignore[misc, unused-ignore]
     @property
     def eot_token_id(self) -> int:
         return int(self.tokenizer.eos_token_id)
+
+    @property
+    def max_length(self) -> int:
+        return self.client.context
 
     @property
     def prefix_token_id(self) -> int:
@@ -93,20 +95,25 @@ class Served(TemplateLM):  # type: ignore[misc, unused-ignore]
             settings = normalize_gen_kwargs(dict(task_settings), MAX_NEW_TOKENS)
             until = handle_stop_sequences(settings.get("until"), eos=self.tokenizer.decode([self.eot_token_id]))
             room = int(settings["max_gen_toks"])
-            if room >= self.client.context:
-                raise AtomError(
-                    f"a task asks for answers of {room} tokens, and the model's context has {self.client.context}; "
-                    "leave the task out of evaluation.harness"
-                )
-
+            require_room(room, self.max_length)
             # As in `HFLM`, a question that does not fit with its answer loses its beginning.
-            ids = self.tok_encode(text)[-(self.client.context - room) :]
-            # The number of the request is its seed, so that drawn answers repeat.
-            seed = number if settings["do_sample"] else None
-            sampling = {name: settings[name] for name in SAMPLING if seed is not None and name in settings}
-            drawn = self.client.draw(ids, room, [self.end], seed, **sampling).ids
-
+            ids = self.tok_encode(text)[-(self.max_length - room) :]
+            drawn = self._draw(number, ids, room, [self.end], settings)
             output = self.tokenizer.decode(drawn, skip_special_tokens=False, clean_up_tokenization_spaces=False)
             return str(postprocess_generated_text(generation=output, stop=until, think_end_token=None))
 
         return self.client.map(answer, list(enumerate(requests)))
+
+    def draw(
+        self, rows: Sequence[Sequence[int]], room: int, stops: Sequence[int], settings: Mapping[str, Any]
+    ) -> list[list[int]]:
+        """Returns the ids of an answer to each row, for `InConversation`."""
+        return self.client.map(lambda row: list(self._draw(row[0], row[1], room, stops, settings)), enumerate(rows))
+
+    def _draw(
+        self, number: int, ids: Sequence[int], room: int, stops: Sequence[int], settings: Mapping[str, Any]
+    ) -> Sequence[int]:
+        # The number of the request is its seed, so that drawn answers repeat.
+        seed = number if settings.get("do_sample") else None
+        sampling = {name: settings[name] for name in SAMPLING if seed is not None and name in settings}
+        return self.client.draw(ids, room, stops, seed, **sampling).ids

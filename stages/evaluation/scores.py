@@ -23,6 +23,39 @@ VERDICTS = ("clean", "overlap", "contaminated")
 HarnessScores = dict[str, dict[str, dict[str, Mean]]]
 
 
+class BenchmarkChange(TypedDict):
+    """The difference of two models on the same items."""
+
+    set: str
+    """task set"""
+    task: str
+    """task; empty for all tasks of the set together"""
+    metric: str
+    """metric, as in `scores.json` of the stage harness"""
+    before: str
+    """the earlier model"""
+    after: str
+    """the later model"""
+    change: Mean
+    """mean over items of the later model's value less that of the earlier one"""
+    low: float
+    """lower end of its 95 % interval, by Student's distribution"""
+    high: float
+    """upper end"""
+    verdict: str
+    """`better`, `worse`, or `no clear change` inside the noise: the interval has 0, or of right and wrong answers the
+    exact test of McNemar gives more than 0.05"""
+
+
+class BenchmarkChanges(TypedDict):
+    """`changes.json` of the stage benchmark-changes."""
+
+    models: list[str]
+    """models, in the order of training"""
+    changes: list[BenchmarkChange]
+    """each model against the one before it, and the last against the first"""
+
+
 class ContextGain(TypedDict):
     """Bits per byte of the same bytes with a short and a long context, and the difference within documents."""
 

@@ -323,17 +323,33 @@ def _generation(measured: Measured, chat: ChatSection) -> dict[str, Any]:
     return {"max_new_tokens": chat.max_new_tokens, "seed": measured.seed, "engine": measured.section.engine}
 
 
-def harness_nodes(measured: Measured, benchmarks: Mapping[str, Any]) -> list[NodeSpec]:
-    """Returns the node that runs the task sets on the final model; their config is `benchmarks`."""
+def harness_nodes(measured: Measured, benchmarks: Mapping[str, Any], chat_models: Sequence[str]) -> list[NodeSpec]:
+    """Returns the nodes that run the task sets on the final model or on each; their config is `benchmarks`."""
     section, engine = measured.section.harness, measured.section.engine
     if section is None:
         return []
-    tokens, tasks = section.tokens(), section.tasks()
-    # A model with a step is a checkpoint from within a phase.
-    final = [model for model in measured.models.values() if model.step is None][-1]
-    config = {**benchmarks, "expected": _expected(measured, final, tokens, tasks), "engine": engine}
-    inputs = {"model": f"export-{final.name}", "benchmarks": "benchmarks"}
-    return [NodeSpec(f"harness-{final.name}", "harness", config, inputs)]
+    # A model with a step is a checkpoint from within a phase; what merging gave is measured on held-out text.
+    models = [m for m in measured.models.values() if m.step is None and not m.name.startswith("unmerged-")]
+    specs: list[NodeSpec] = []
+    for model in models if section.every_model else models[-1:]:
+        converses = model.name in chat_models
+        if not (pieces := section.pieces(converses)):
+            # Its sets are asked in conversation alone.
+            continue
+        config = {
+            **benchmarks,
+            "forms": section.forms(converses),
+            "max_new_tokens": section.max_new_tokens,
+            "expected": _expected(measured, model, section.tokens(converses), pieces),
+            "engine": engine,
+        }
+        inputs = {"model": model.export_node, "benchmarks": "benchmarks"}
+        specs.append(NodeSpec(f"harness-{model.name}", "harness", config, inputs))
+    if len(specs) > 1:
+        names = [spec.name for spec in specs]
+        config = {"models": [name.removeprefix("harness-") for name in names]}
+        specs.append(NodeSpec("benchmark-changes", "benchmark-changes", config, {name: name for name in names}))
+    return specs
 
 
 def _expected(measured: Measured, model: ExportedModel, tokens: int, pieces: int = 1) -> estimates.Expected:

@@ -15,15 +15,17 @@ from __future__ import annotations
 import contextlib
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, TypedDict
+from typing import Annotated, Any, Literal, TypedDict
 
 from pydantic import Field, model_validator
 
-from pipeline.core.bounds import Key, License, Range, SourceName, Text, Words
+from pipeline.core.bounds import Context, Flag, Key, License, Range, SourceName, Text, Words
 from pipeline.core.errors import AtomError, RecipeError, installing
-from pipeline.core.stage import Config, Estimate, Inputs, Report, Stage, operational
+from pipeline.core.stage import Config, Estimate, Inputs, Report, Stage, added, operational
 from pipeline.core.store import Artifact, sha256_file
 from pipeline.core.yaml_text import read_trusted
 from pipeline.hub import client
@@ -32,9 +34,21 @@ from stages.formats.table import Int32, String, columns_of, read_table, write_js
 
 # Of a folder of tasks.
 MOST_FILES = 10_000
+OWN_TASKS = Path(__file__).with_name("benchmark_tasks")
 # Assumed items of a task of one's own, and tokens of an item, once with each of its choices. The test set of MMLU has
 # 6,967,453 bytes, 496 an item (README of cais/mmlu on the Hub), so 125 tokens of four bytes, read with four choices.
 TASK_ITEMS, ITEM_TOKENS = 2000, 500
+# How a model is asked: as plain text, or in its chat template.
+Form = Literal["raw", "chat"]
+RAW: Form
+CHAT: Form
+RAW, CHAT = "raw", "chat"
+Format = Literal["raw", "chat", "both"]
+FORMS_OF: dict[Format, tuple[Form, ...]] = {"raw": (RAW,), "chat": (CHAT,), "both": (RAW, CHAT)}
+
+
+Shots = Annotated[int, Range(0, 100)]
+Metric = Annotated[str, Words(100)]
 
 
 class TaskSet(Config):
@@ -52,16 +66,42 @@ class TaskSet(Config):
     """revision of the dataset on the Hub; null: data of a folder"""
     folder: Text | None = operational(None)
     """folder of the YAML files; null: the harness has the tasks"""
+    of_harness: Text | None = operational(None)
+    """folder of the tasks in the harness, which is read alone; null: all of it, which takes seconds"""
     folder_digest: TreeDigest | None = Field(default=None)
     """digest of the files of the folder; null: no folder"""
     items: Annotated[int, Range(1, 1e9)] | None = operational(None)
     """items that the tasks evaluate together, for `atom plan` alone; null: assumed"""
+    shots: Shots | None = added(None)
+    """worked examples before each question; null: as the tasks have it"""
+    format: Format = operational("raw")
+    """how models are asked: raw, as plain text; chat, in the model's chat template; both; the stage `harness` is given
+    the forms"""
+    metrics: Annotated[tuple[Metric, ...], Field(max_length=10)] = added(())
+    """metrics that cards show, as in `scores.json` of the stage `harness`; empty: all"""
+    pooled: Flag = added(False)
+    """whether the tasks are parts of one set, as the subjects of MMLU, so that cards show the mean over all items"""
 
 
 def _packaged() -> dict[str, TaskSet]:
     """Returns the task sets of task_sets.yaml, by name."""
     body = read_trusted(Path(__file__).with_name("task_sets.yaml"))
-    return {name: TaskSet(name=name, **fields) for name, fields in body.items()}
+    own: dict[str, Any] = {"folder": str(OWN_TASKS), "folder_digest": _digest(_files(OWN_TASKS), OWN_TASKS)}
+    packaged = {}
+    for name, fields in body.items():
+        is_own = fields.pop("own", False)
+        packaged[name] = TaskSet(name=name, **fields, **(own if is_own else {}))
+    return packaged
+
+
+def _files(folder: Path) -> list[Path]:
+    """Returns the files of a folder of tasks, without what Python compiles beside them."""
+    paths = sorted(folder.rglob("*")) if folder.is_dir() else []
+    return [path for path in paths if path.is_file() and "__pycache__" not in path.parts]
+
+
+def _digest(files: Iterable[Path], folder: Path) -> str:
+    return tree_digest((path.relative_to(folder).as_posix(), sha256_file(path)) for path in files)
 
 
 TASK_SETS = _packaged()
@@ -86,6 +126,10 @@ class TaskFolder(Config):
     """text or URL that shows the license"""
     digest: TreeDigest = "auto"
     """expected digest of the files; auto: computed from the files"""
+    format: Format = added("raw")
+    """how models are asked: raw, as plain text; chat, in the model's chat template; or both"""
+    shots: Shots | None = added(None)
+    """worked examples before each question; null: as the tasks have it"""
 
 
 class HarnessSection(Config):
@@ -95,6 +139,13 @@ class HarnessSection(Config):
     """task sets by name"""
     folders: Annotated[tuple[TaskFolder, ...], Field(max_length=100)] = ()
     """task sets from your own folders"""
+    formats: Annotated[dict[SourceName, Format], Field(max_length=200)] = added({})
+    """sets that are asked in another form than their own: raw, as plain text; chat, in the model's chat template; or
+    both. A model without a chat template is asked as plain text, or not at all"""
+    max_new_tokens: Context | None = added(None)
+    """maximum number of tokens of an answer in conversation, its thinking included; null: as the task has it"""
+    every_model: Flag = added(False)
+    """whether each exported model is measured; otherwise, the final one alone"""
     limit: Annotated[int, Range(2, 1e6)] | None = None
     """first items of a task; null: all"""
 
@@ -105,21 +156,49 @@ class HarnessSection(Config):
             raise ValueError("evaluation.harness names no task set; give `sets` or `folders`, or leave it out")
         if repeated := next((name for name in names if names.count(name) > 1), None):
             raise ValueError(f"evaluation.harness has the task set {repeated} twice; names must differ")
+        if unknown := next((name for name in self.formats if name not in names), None):
+            raise ValueError(
+                f"evaluation.harness.formats names {unknown}, which is none of its task sets {', '.join(names)}"
+            )
         return self
 
-    def tokens(self) -> int:
-        """Returns the number of tokens that the evaluation of one model reads, as assumed for `atom plan`."""
-        sets = [(len(known.tasks), known.items) for known in map(TASK_SETS.__getitem__, self.sets)]
-        sets += [(len(folder.tasks), None) for folder in self.folders]
-        total = 0
-        for tasks, items in sets:
+    def forms(self, converses: bool) -> dict[str, tuple[Form, ...]]:
+        """Returns the forms in which a model is asked each set; none of a set in conversation alone without a template.
+
+        Args:
+            converses: True if the model was trained on conversations.
+        """
+        known = {name: TASK_SETS[name].format for name in self.sets}
+        formats = known | {folder.name: folder.format for folder in self.folders} | self.formats
+        return {
+            name: tuple(form for form in FORMS_OF[each] if form == RAW or converses) for name, each in formats.items()
+        }
+
+    def tokens(self, converses: bool = False) -> int:
+        """Returns the number of tokens that the evaluation of one model reads and draws, as assumed for `atom plan`."""
+        forms, total = self.forms(converses), 0
+        for name, (tasks, items, shots) in self._sizes().items():
             most = items or tasks * TASK_ITEMS
-            total += (most if self.limit is None else min(most, tasks * self.limit)) * ITEM_TOKENS
+            most = most if self.limit is None else min(most, tasks * self.limit)
+            # Each example is as long as a question.
+            read = ITEM_TOKENS * (1 + shots)
+            total += most * sum(read + (self.max_new_tokens or 0) * (form == CHAT) for form in forms[name])
         return total
 
-    def tasks(self) -> int:
-        """Returns the number of all tasks."""
-        return sum(len(TASK_SETS[name].tasks) for name in self.sets) + sum(len(folder.tasks) for folder in self.folders)
+    def pieces(self, converses: bool = False) -> int:
+        """Returns the number of all tasks, in each of their forms."""
+        forms = self.forms(converses)
+        return sum(tasks * len(forms[name]) for name, (tasks, _, _) in self._sizes().items())
+
+    def _sizes(self) -> dict[str, tuple[int, int | None, int]]:
+        """Returns by set the number of tasks, that of items if it is known, and the examples before each question."""
+        sets = {name: TASK_SETS[name] for name in self.sets}
+        sizes: dict[str, tuple[int, int | None, int]] = {}
+        for name, known in sets.items():
+            sizes[name] = len(known.tasks), known.items, known.shots or 0
+        for folder in self.folders:
+            sizes[folder.name] = len(folder.tasks), None, folder.shots or 0
+        return sizes
 
     def task_sets(self, base: Path, where: str) -> tuple[TaskSet, ...]:
         """Returns the sets with the digests of their folders.
@@ -132,24 +211,24 @@ class HarnessSection(Config):
 
 def _of_folder(tasks: TaskFolder, base: Path, where: str) -> TaskSet:
     folder = (base / tasks.path).resolve()
-    files = sorted(path for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else []
+    files = _files(folder)
     if not any(path.suffix == ".yaml" for path in files) or len(files) > MOST_FILES:
         raise RecipeError(
             f"{where}: task set {tasks.name} needs a folder of at most {MOST_FILES:,} files with a YAML file for each "
             f"task, and {folder} is none; correct its path"
         )
-    digest = tree_digest((path.relative_to(folder).as_posix(), sha256_file(path)) for path in files)
+    digest = _digest(files, folder)
     # The tasks of a folder can change without a new name; the digest in the key notices that.
     if tasks.digest not in ("auto", digest):
         raise RecipeError(
             f"{where}: task set {tasks.name} is pinned to {tasks.digest}, but {folder} has {digest}; restore the "
             "files, or change the pin"
         )
-    fields = tasks.model_dump(include={"name", "tasks", "license", "license_evidence"})
+    fields = tasks.model_dump(include={"name", "tasks", "license", "license_evidence", "format", "shots"})
     return TaskSet(**fields, folder=str(folder), folder_digest=digest)
 
 
-VERSION = 1
+VERSION = 2
 
 
 class BenchmarkItem(TypedDict):
@@ -191,7 +270,9 @@ def run(config: BenchmarksConfig, inputs: Inputs, work: Path, out: Path, report:
     stated: dict[str, Any] = {}
     for task_set in config.sets:
         if task_set.folder is not None:
-            shutil.copytree(task_set.folder, out / "folders" / task_set.name)
+            shutil.copytree(
+                task_set.folder, out / "folders" / task_set.name, ignore=shutil.ignore_patterns("__pycache__")
+            )
         tasks = load_tasks(task_set, None if task_set.folder is None else Path(task_set.folder))
         for name, task in sorted(tasks.items()):
             # Files are named by the task, and results too.
@@ -206,7 +287,9 @@ def run(config: BenchmarksConfig, inputs: Inputs, work: Path, out: Path, report:
             report.note(f"{name} of {task_set.name}: {len(documents)} items, splits {', '.join(splits)}")
         stated[task_set.name] = {
             "tasks": sorted(tasks),
-            **task_set.model_dump(include={"license", "license_evidence", "revision"}),
+            **task_set.model_dump(
+                include={"license", "license_evidence", "revision", "shots", "metrics", "pooled"}, mode="json"
+            ),
             "folder": task_set.folder is not None,
         }
     write_rows(out / "items.parquet", ITEMS, rows)
@@ -218,13 +301,14 @@ def load_tasks(task_set: TaskSet, folder: Path | None) -> dict[str, Any]:
 
     Raises AtomError if one is unknown or cannot be read.
     """
-    manager = task_manager(folder)
+    manager = task_manager(folder, task_set.of_harness)
     if unknown := [name for name in task_set.tasks if name not in manager.all_subtasks]:
         raise AtomError(
             f"task set {task_set.name}: the harness has no task {unknown[0]}; name tasks, not groups or tags of tasks"
         )
     # The harness would read what the Hub has at the moment.
-    revised = {} if task_set.revision is None else {"dataset_kwargs": {"revision": task_set.revision}}
+    revised: dict[str, Any] = {} if task_set.revision is None else {"dataset_kwargs": {"revision": task_set.revision}}
+    revised |= shots_of(task_set.shots)
     try:
         with in_folder(folder), downloads():
             return {name: load_task(manager, name, revised) for name in task_set.tasks}
@@ -236,6 +320,11 @@ def load_tasks(task_set: TaskSet, folder: Path | None) -> dict[str, Any]:
         ) from error
 
 
+def shots_of(number: int | None) -> dict[str, int]:
+    """Returns the setting of a task for so many worked examples; none if the task keeps its own."""
+    return {} if number is None else {"num_fewshot": number}
+
+
 def load_task(manager: Any, name: str, settings: Mapping[str, Any]) -> Any:
     """Returns a task of the harness with some settings in place of those of its YAML file.
 
@@ -244,20 +333,35 @@ def load_task(manager: Any, name: str, settings: Mapping[str, Any]) -> Any:
     return manager.load({"group": "sealed", "task": [{"task": name, **settings}]})["tasks"][name]
 
 
-def task_manager(folder: Path | None) -> Any:
-    """Returns the harness's index of tasks: of a folder alone, or its own. Raises AtomError without the harness."""
+@cache
+def task_manager(folder: Path | None, of_harness: str | None = None) -> Any:
+    """Returns the harness's index of tasks: of a folder alone, or its own, of a folder of it or of all.
+
+    Raises:
+        AtomError: The harness is not installed.
+    """
     try:
+        from lm_eval import tasks
         from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise AtomError(f"the harness is not installed ({error}); {installing('harness')}") from None
+    if folder is None and of_harness:
+        folder = Path(tasks.__file__).parent / of_harness
     return TaskManager(include_path=None if folder is None else str(folder), include_defaults=folder is None)
 
 
 @contextlib.contextmanager
 def in_folder(folder: Path | None) -> Iterator[None]:
-    """Runs in that folder, so that YAML files name data beside them."""
-    with contextlib.nullcontext() if folder is None else contextlib.chdir(folder):
-        yield
+    """Runs in that folder, so that YAML files name data beside them.
+
+    Python compiles no functions of the YAML files into it: the folder may be sealed.
+    """
+    compiles, sys.dont_write_bytecode = sys.dont_write_bytecode, True
+    try:
+        with contextlib.nullcontext() if folder is None else contextlib.chdir(folder):
+            yield
+    finally:
+        sys.dont_write_bytecode = compiles
 
 
 @contextlib.contextmanager

@@ -128,6 +128,7 @@ PARTS = {
     "miniatures": Part(
         test_steps(
             "tests/integration/pipeline/test_miniatures.py",
+            "tests/integration/evaluation/test_task_sets.py",
             *(f"tests/slurm/test_slurm_miniatures.py -k {name}" for name in ("atom-1b-a300m", "atom-30b-a3b", "atom-235b-a22b"))
         ),
         ["tests", "result"],

@@ -23,6 +23,7 @@ from release.checks.scores import score_problems
 from release.facts.score_facts import read_harness
 from release.layout import folders_of
 from release.published_files import placement
+from stages.evaluation import benchmark_changes
 from stages.evaluation import harness as harness_stage
 from stages.evaluation.harness import language_model
 from stages.evaluation.model_evaluation import load_tokenizer
@@ -109,9 +110,11 @@ def own_tasks(tmp_path: Path) -> Path:
 def test_a_plan_counts_the_items_of_known_sets(tmp_path: Path) -> None:
     """Of MMLU 14,042; of a folder 2,000 a task, or the limit."""
     mmlu = HarnessSection(sets=("mmlu",))
-    assert mmlu.tokens() == 14_042 * 500
-    assert HarnessSection(sets=("mmlu",), limit=10).tokens() == 57 * 10 * 500
-    assert HarnessSection(sets=("arc",), limit=10_000).tokens() == 3548 * 500
+    assert mmlu.tokens() == 14_042 * 500 * 6, "with five examples"
+    assert HarnessSection(sets=("mmlu",), limit=10).tokens() == 57 * 10 * 500 * 6
+    assert HarnessSection(sets=("truthfulqa",), limit=10_000).tokens() == 1634 * 500
+    both = HarnessSection(sets=("gsm8k",), max_new_tokens=1000)
+    assert both.tokens(True) == 1319 * (2 * 500 * 6 + 1000) and both.tokens() == 1319 * 500 * 6
     assert "items" not in identity(TASK_SETS["mmlu"])
 
 
@@ -170,8 +173,9 @@ def test_each_task_set_names_tasks_of_the_harness_that_read_one_dataset() -> Non
     from lm_eval import tasks as harness_tasks
 
     paths: dict[str, str] = {}
-    for folder in ("arc", "gsm8k", "mmlu/default", "truthfulqa"):
-        for path in sorted((Path(harness_tasks.__file__).parent / folder).glob("*.yaml")):
+    folders = [Path(harness_tasks.__file__).parent / name for name in ("arc", "gsm8k", "hellaswag", "mmlu/default")]
+    for folder in (*folders, Path(harness_tasks.__file__).parent / "truthfulqa", benchmarks.OWN_TASKS):
+        for path in sorted(folder.glob("*.yaml")):
             loader = yaml.SafeLoader(path.read_text())
             loader.yaml_constructors = {**loader.yaml_constructors, "!function": lambda *_: None}
             body = loader.get_single_data()
@@ -180,7 +184,9 @@ def test_each_task_set_names_tasks_of_the_harness_that_read_one_dataset() -> Non
             if isinstance(body.get("task"), str):
                 paths[body["task"]] = body["dataset_path"]
     datasets = {"arc": "allenai/ai2_arc", "gsm8k": "openai/gsm8k", "mmlu": "cais/mmlu"}
-    datasets["truthfulqa"] = "truthfulqa/truthful_qa"
+    datasets |= {"truthfulqa": "truthfulqa/truthful_qa", "hellaswag": "Rowan/hellaswag"}
+    datasets |= {"math": "EleutherAI/hendrycks_math", "humaneval": "openai/openai_humaneval"}
+    datasets |= {"mbpp": "google-research-datasets/mbpp"}
     assert TASK_SETS.keys() == datasets.keys()
     for name, task_set in TASK_SETS.items():
         assert {paths[task] for task in task_set.tasks} == {datasets[name]}
@@ -201,6 +207,14 @@ def test_a_recipe_with_task_sets_decontaminates_for_them(own_tasks: Path, tmp_pa
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(body))
     graph = dag.compose(recipes.load(str(tmp_path / "recipe.yaml")), Store(tmp_path / "home"))
     assert graph.nodes.keys() - without.nodes.keys() == {"benchmarks", "harness-rlvr"}
+    body["evaluation"]["harness"]["every_model"] = True
+    (tmp_path / "every.yaml").write_text(yaml.safe_dump(body))
+    every = dag.compose(recipes.load(str(tmp_path / "every.yaml")), Store(tmp_path / "home")).nodes
+    measured = [name for name in every if name.startswith("harness-")]
+    assert measured == ["harness-base", "harness-mid", "harness-sft", "harness-rlvr"]
+    assert list(every["benchmark-changes"].inputs) == measured
+    assert every["harness-rlvr"].key == graph.nodes["harness-rlvr"].key
+    body["evaluation"]["harness"]["every_model"] = False
     assert graph.nodes["filter"].inputs["benchmarks"] == "benchmarks"
     assert graph.nodes["contamination"].inputs["benchmarks"] == "benchmarks"
     assert graph.nodes["tasks-rlvr"].inputs["benchmarks"] == "benchmarks"
@@ -256,6 +270,9 @@ def test_a_release_holds_the_results_and_verifies_them(tmp_path: Path) -> None:
             (name, f"dataset/evaluation/harness/mid/{name}"),
             (name, f"model/evaluation/harness/{name}"),
         ]
+    assert [place for _, place in placed("benchmark-changes", "changes.json")] == [
+        f"{folder}/evaluation/harness/changes.json" for folder in ("dataset", "model-base", "model")
+    ]
     folder = tmp_path / "evaluation/harness/mid"
     folder.mkdir(parents=True)
     rows: list[Any] = [
@@ -266,12 +283,25 @@ def test_a_release_holds_the_results_and_verifies_them(tmp_path: Path) -> None:
     write_rows(folder / "items.parquet", harness_stage.RESULTS, rows)
     write_json(folder / "scores.json", harness_stage.summary(rows))
     assert score_problems(tmp_path / "evaluation") == []
-    stated = {"license": "CC0-1.0", "license_evidence": "this test", "revision": None}
+    stated = {"license": "CC0-1.0", "license_evidence": "this test", "revision": None, "pooled": False, "lower": []}
     write_json(folder / "tasks.json", {"own": stated})
     lines = tables.task_sets(read_harness(folder))
-    assert "| own | sums | acc | 4 | 0.500±0.289 |" in lines
+    assert "| own | sums | acc | as plain text | the task's | 4 | 0.500±0.289 |" in lines
     assert lines[-1] == "Licenses of the data: own: CC0-1.0 (this test)."
     assert tables.task_sets(read_harness(tmp_path)) == []
+    # The changes follow from the tables of both models.
+    later = [{**row, "value": 1} for row in rows]
+    write_rows(folder.parent / "sft/items.parquet", harness_stage.RESULTS, later)
+    write_json(folder.parent / "sft/scores.json", harness_stage.summary(later))
+    write_json(folder.parent / "sft/tasks.json", {"own": stated})
+    changed = benchmark_changes.changes({"mid": rows, "sft": later}, {name: {"own": stated} for name in ("mid", "sft")})
+    write_json(folder.parent / "changes.json", changed)
+    assert score_problems(tmp_path / "evaluation") == []
+    changed["changes"][0]["verdict"] = "better"
+    write_json(folder.parent / "changes.json", changed)
+    problem = "evaluation/harness/changes.json is not what the tables of the models give"
+    assert score_problems(tmp_path / "evaluation") == [problem]
+    (folder.parent / "changes.json").unlink()
     rows[0]["value"] = 1.0
     write_json(folder / "scores.json", harness_stage.summary(rows))
     assert score_problems(tmp_path / "evaluation") == ["evaluation/harness/mid/scores.json is not what its tables give"]

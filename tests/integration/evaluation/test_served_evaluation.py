@@ -17,6 +17,7 @@ from transformers import AutoTokenizer
 from pipeline.core.errors import AtomError, MachineError
 from pipeline.run_secret import atom_secret
 from stages.evaluation.harness import language_model
+from stages.evaluation.harness_chat import InConversation
 from stages.evaluation.harness_vllm import Served
 from stages.generation.in_process import InProcess
 from stages.generation.protocols import Prompt
@@ -158,6 +159,24 @@ def test_the_harness_scores_as_in_transformers(client: Client, folder: Path, tok
     assert outputs[0] == outputs[1]
     with pytest.raises(AtomError, match="a task asks for answers of 999 tokens"):
         served.generate_until(requests("two", settings | {"max_gen_toks": 999}))
+
+
+def test_the_harness_in_conversation_asks_as_in_transformers(
+    client: Client, answers: type[Answers], folder: Path, tokenizer: Any
+) -> None:
+    """The same ids, and so the same answers: up to a token that ends one, whatever the stop strings of the task."""
+    both = [InConversation(model, 12) for model in (Served(client, tokenizer), language_model(folder))]
+    settings = {"until": ["e"], "max_gen_toks": 9, "do_sample": False}
+    texts = [both[0].apply_chat_template([{"role": "user", "content": text}]) for text in ("a", "b c")]
+    requests = [type("Request", (), {"args": (text, settings)}) for text in texts]
+    outputs = [model.generate_until(requests, disable_tqdm=True) for model in both]
+    assert outputs[0] == outputs[1]
+    asked = sorted((body["token_ids"], body["sampling_params"]) for body in answers.bodies)
+    assert [ids for ids, _ in asked] == sorted(both[1].tok_encode(text)[-(CONTEXT - 12) :] for text in texts)
+    assert all((s["max_tokens"], s["stop_token_ids"], s["temperature"]) == (12, [1, 3], 0.0) for _, s in asked)
+    without_number = InConversation(Served(client, tokenizer), None)
+    with pytest.raises(AtomError, match="a task asks for answers of 256 tokens, and the model's context has 64"):
+        without_number.generate_until([type("Request", (), {"args": (texts[0], {"do_sample": True})})])
 
 
 @pytest.mark.parametrize(

@@ -137,7 +137,8 @@ def test_the_harness_gives_the_results_of_the_process(
 ) -> None:
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     section = harness_fixtures.section_of(harness_fixtures.write_tasks(tmp_path / "own"))
-    config: dict[str, Any] = {"sets": section.task_sets(tmp_path, "recipe")}
+    sets = section.task_sets(tmp_path, "recipe")
+    config: dict[str, Any] = {"sets": sets, "forms": {"own": ["raw", "chat"]}, "max_new_tokens": 9}
     inputs = {"model": write_manifest(folder, "export-1"), "benchmarks": run_stage(benchmarks.STAGE, config, {})}
     served, oracle = (run_stage(harness.STAGE, {**config, **kind}, inputs) for kind in (VLLM, {}))
     assert served.json("scores.json") == oracle.json("scores.json")

@@ -176,8 +176,17 @@ def test_each_recipe_leads_to_a_release(name: str) -> None:
     stages = [node for node in nodes.values() if node.stage.name in ("filter", "tasks", "preferences", "contamination")]
     assert len(stages) >= 5 and all(node.inputs["benchmarks"] == "benchmarks" for node in stages)
     assert tasks.ngram == graph.recipe.data.curation.decontamination.ngram
-    assert {task_set.name for task_set in nodes["benchmarks"].config.sets} == {"arc", "gsm8k", "mmlu", "truthfulqa"}
-    assert f"harness-{'online-rlhf' if config.online_rlhf else 'dpo'}" in nodes
+    sets = {task_set.name: task_set.shots for task_set in nodes["benchmarks"].config.sets}
+    assert sets == {
+        "arc": 5, "hellaswag": 5, "mmlu": 5, "truthfulqa": 0, "gsm8k": 5, "math": 4, "humaneval": 0, "mbpp": 0,
+    }  # fmt: skip
+    measured = [name for name in nodes if name.startswith("harness-")]
+    assert measured[0] == "harness-base" and measured[-1] == f"harness-{'online-rlhf' if config.online_rlhf else 'dpo'}"
+    assert list(nodes["benchmark-changes"].inputs) == measured and len(measured) >= 7
+    asked = {name: nodes[name].config.forms for name in measured}
+    assert asked["harness-base"]["mbpp"] == () and asked["harness-base"]["gsm8k"] == ("raw",)
+    assert asked["harness-rlvr"]["gsm8k"] == ("raw", "chat") and asked["harness-rlvr"]["mmlu"] == ("raw",)
+    assert config.evaluation.harness.max_new_tokens == config.rlvr.sampling.max_new_tokens
 
 
 @each

@@ -98,7 +98,7 @@ def test_the_command(tmp_path: Path) -> None:
     atom(tmp_path, *command, cwd=tmp_path)
     assert "mini-data.yaml exists" in atom(tmp_path, *command, cwd=tmp_path, code=2).stderr
     plan = atom(tmp_path, "plan", "mini.yaml", cwd=tmp_path).stdout
-    assert "108 of 108 stages to run" in plan
+    assert "117 of 117 stages to run" in plan
     refused = atom(tmp_path, "init", "other", "--miniature", "--ranks", "8", cwd=tmp_path, code=2).stderr
     assert refused.startswith("atom: --miniature sets the ranks")
 
@@ -120,6 +120,6 @@ def test_sources_and_benchmarks_come_from_a_local_hub(tmp_path: Path) -> None:
     assert len(probes) == 35 and all(probe["kept_documents"] for probe in probes.values()), probes
     sealed = Artifact.open(next(home.glob("artifacts/benchmarks-*")))
     sets = {name: len(stated["tasks"]) for name, stated in sealed.json("tasks.json").items()}
-    assert sets == {"arc": 2, "gsm8k": 1, "truthfulqa": 2}
+    assert sets == {"arc": 2, "hellaswag": 1, "gsm8k": 1, "truthfulqa": 2, "math": 7, "humaneval": 1, "mbpp": 1}
     texts = dict(benchmarks.texts_of(sealed))
-    assert len(texts) == 2 * 5 and texts["arc/arc_easy/000000"].startswith("Question: ")
+    assert len(texts) == 2 * 15 and texts["arc/arc_easy/000000"].startswith("Question: ")
