@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from pipeline.core.errors import RecipeError
-from pipeline.core.stage import Estimate, Published
+from pipeline.core.stage import Estimate, Published, ServedWork
 from pipeline.core.store import Store
 from pipeline.graph import dag, plan
 from pipeline.graph import recipe as recipes
@@ -75,6 +75,23 @@ def test_ranks_and_servers_share_the_nodes_of_a_partition() -> None:
         ))  # fmt: skip
     elsewhere = body | {"slurm": body["slurm"] | {"servers": servers | {"partition": "other"}}}
     assert reasons([sampling], body=elsewhere) == [()]
+
+
+def test_servers_that_all_score_leave_none_that_draws() -> None:
+    """Two servers: with one that scores, the other draws in twice the time; with two, the phase would wait for ever."""
+    servers = {"partition": "gpu", "minutes": 60, "gpus_per_node": 8, "count": 2}
+    body = BODY | {"slurm": BODY["slurm"] | {"servers": servers}}
+    hours = []
+    for scorers in range(3):
+        work = ServedWork(8e15, 1e12, 1e9, False, lambda gpus: (GIB, GIB), "assumed", scorers=scorers)
+        it = replace(row(Estimate(served=work), trains=True), ranks=16, takes_servers=True)
+        (clauses,) = reasons([it], body=body)
+        words = "2 of 2 servers (slurm.servers.count) score its answers, and none is left that draws them"
+        assert clauses == ((words,) if scorers == 2 else ())
+        use = fit._with_servers(Use("it", 0.0), it, Profile.model_validate(body), 16)
+        hours.append(use.hours)
+        assert use.server_gpu_hours == pytest.approx(16 * use.hours), "all of them are paid for"
+    assert hours[1] == pytest.approx(2 * hours[0]) and hours[0] == pytest.approx(500 / 3600)
 
 
 def test_fp4_needs_a_gpu_that_has_it() -> None:
