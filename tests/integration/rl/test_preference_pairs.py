@@ -19,8 +19,8 @@ from stages.rl.algorithms.preferences import StoredPairs
 from stages.rl.config import RlPhase
 from tests.fixtures import rl_fixtures
 from tests.fixtures.hub_fixtures import REPO, Hub, hub
+from tests.fixtures.preference_fixtures import PHASE, REWARD, run, settings
 from tests.fixtures.run_fixtures import RecordingReport
-from tests.integration.rl.test_rlhf import PHASE, REWARD, run, settings
 
 __all__ = ["hub"]
 
