@@ -17,6 +17,7 @@ import json
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypedDict
 
@@ -62,8 +63,13 @@ MIN_SHARE = 0.1
 ASKED = {"tie", "weak", NOT_ALLOWED}
 # Bytes of the texts of a pair: those of HelpSteer3's train.jsonl are about 370 MB for 38,459 rows.
 PAIR_BYTES = 10_000
-# Words of the parties that order answers, for cards.
-PREFERRED_BY = {"humans": "humans", "AI": "a model (AI)", "rules": "rules"}
+# Fields of a pair that trees are made into, by setting.
+TREE_FIELDS = {
+    "prompt_field": " prompt",
+    "chosen_field": " chosen",
+    "rejected_field": " rejected",
+    "preference_field": " gap",
+}
 
 
 class PreferenceRow(TypedDict):
@@ -229,6 +235,74 @@ class HubPairs(PairSource):
             yield row, f"{place}/{row.name}"
 
 
+class TreePairs(HubPairs):
+    """Pairs of a dataset of conversation trees on the Hub, whose messages are rows, as OpenAssistant's.
+
+    Replies of the assistant to one message have ranks, of which the lowest is the best: each two of them are a pair, as
+    strong as their ranks differ. The prompt is all messages above them. License and domain are those of the better one.
+    """
+
+    source: Literal["hub-trees"]  # type: ignore[assignment]
+    """selects this kind of source"""
+    id_field: Column = "message_id"
+    """field with the id of a message"""
+    parent_field: Column = "parent_id"
+    """field with the id of the message to which it replies"""
+    role_field: Column = "role"
+    """field with the role, `assistant` or another word for the user's"""
+    text_field: Column = "text"
+    """field with the text"""
+    rank_field: Column = "rank"
+    """field with the rank among the replies to one message; null: not ranked"""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fields_of_a_pair(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        names = (*TREE_FIELDS, "answer_fields")
+        # A config that a stage reads again has the fields of trees.
+        if given := [name for name in names if data.get(name) not in (None, TREE_FIELDS.get(name))]:
+            raise ValueError(f"{given[0]} has no effect on trees, whose ranks make the pairs; leave it out")
+        return {**data, **TREE_FIELDS}
+
+    def read(self) -> Iterator[tuple[DataRow, str]]:
+        names = (self.id_field, self.parent_field, self.role_field, self.text_field, self.rank_field, self.domain_field)
+        rows: dict[str, DataRow] = {}
+        replies: dict[str, list[str]] = {}
+        for row in self.reader().rows_at_commit(f"preferences {self.name}", list(filter(None, names))):
+            id = str(field_at(row.fields, self.id_field))
+            rows[id] = row
+            rank = field_at(row.fields, self.rank_field)
+            if field_at(row.fields, self.role_field) == "assistant" and isinstance(rank, int):
+                replies.setdefault(str(field_at(row.fields, self.parent_field)), []).append(id)
+        place = f"https://huggingface.co/datasets/{self.repo}/blob/{self.revision}"
+        for parent, ids in replies.items():
+            prompt = self._conversation(rows, parent)
+            ranked = sorted(ids, key=lambda id: (field_at(rows[id].fields, self.rank_field), id))
+            for better, worse in combinations(ranked, 2):
+                row, other = rows[better], rows[worse]
+                gap = field_at(other.fields, self.rank_field) - field_at(row.fields, self.rank_field)
+                texts = [field_at(each.fields, self.text_field) for each in (row, other)]
+                pair = dict(zip(TREE_FIELDS.values(), (prompt, *texts, gap), strict=True))
+                yield DataRow({**row.fields, **pair}, row.file, f"{row.name}/{other.name}"), f"{place}/{row.name}"
+
+    def _conversation(self, rows: Mapping[str, DataRow], id: str) -> list[dict[str, Any]] | None:
+        """Returns the messages from the root down to one; None if one of them was left out."""
+        messages: list[dict[str, Any]] = []
+        while len(messages) < len(rows):  # ids in a circle have no root
+            row = rows.get(id)
+            if row is None:
+                return None
+            role = "assistant" if field_at(row.fields, self.role_field) == "assistant" else "user"
+            messages.append({"role": role, "content": field_at(row.fields, self.text_field)})
+            above = field_at(row.fields, self.parent_field)
+            if above in (None, ""):
+                return messages[::-1]
+            id = str(above)
+        return None
+
+
 class FilePairs(PairSource):
     """Pairs of a file of JSON Lines on this machine."""
 
@@ -258,7 +332,7 @@ class FilePairs(PairSource):
                 yield row, self.origin
 
 
-Source = Annotated[HubPairs | FilePairs, Field(discriminator="source")]
+Source = Annotated[HubPairs | TreePairs | FilePairs, Field(discriminator="source")]
 
 
 class PreferenceSection(Config):
@@ -532,7 +606,9 @@ def estimate(config: PreferencesConfig) -> Estimate:
     pairs = sum(source.count or 50_000 for source in config.sources)
     # Pairs that a count chooses are held in memory until all rows are read.
     held = max(source.count or 0 for source in config.sources)
-    memory = 500_000_000 + 100 * pairs + 3 * PAIR_BYTES * held
+    # So are all messages of trees.
+    trees = sum(isinstance(source, TreePairs) for source in config.sources)
+    memory = 500_000_000 + 100 * pairs + 3 * PAIR_BYTES * held + 1_000_000_000 * trees
     return Estimate(cpu_seconds=30 + pairs / 100, memory_bytes=memory, disk_bytes=10_000_000 + PAIR_BYTES * pairs)
 
 

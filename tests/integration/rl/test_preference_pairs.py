@@ -19,8 +19,8 @@ from stages.rl.algorithms.preferences import StoredPairs
 from stages.rl.config import RlPhase
 from tests.fixtures import rl_fixtures
 from tests.fixtures.hub_fixtures import REPO, Hub, hub
+from tests.fixtures.preference_fixtures import PHASE, REWARD, run, settings
 from tests.fixtures.run_fixtures import RecordingReport
-from tests.integration.rl.test_rlhf import PHASE, REWARD, run, settings
 
 __all__ = ["hub"]
 
@@ -131,6 +131,44 @@ def test_licenses_by_row_and_lists_of_messages(inputs: dict[str, Artifact], tmp_
     assert facts["left_out"] == {"license/not-allowed": 1, "license/unmapped": 1, "no pair": 1}
     table = read_table(sealed / "preferences.parquet").to_pylist()
     assert [(json.loads(r["messages"])[0]["content"], r["strength"]) for r in table] == [("say 1", 1.5), ("say 2", 1.5)]
+
+
+def test_trees_of_messages(hub: Hub, inputs: dict[str, Artifact], tmp_path: Path) -> None:
+    """OpenAssistant's columns: of three ranked replies three pairs, below the conversation to which they reply."""
+
+    def message(
+        id: str, parent: str | None, role: str, text: str, rank: int | None = None, **more: Any
+    ) -> dict[str, Any]:
+        columns = {"message_id": id, "parent_id": parent, "role": role, "text": text, "rank": rank, "lang": "en"}
+        return {**columns, "deleted": False, **more}
+
+    rows = [
+        message("1", None, "prompter", "say a"), message("2", "1", "assistant", "good", 0),
+        message("3", "1", "assistant", "fair", 1), message("4", "1", "assistant", "bad", 2),
+        message("5", "2", "prompter", "again"), message("6", "5", "assistant", "better", 0, lang="de"),
+        message("7", "5", "assistant", "worse", 1), message("8", "5", "assistant", "not ranked"),
+        message("9", "gone", "assistant", "x", 0), message("10", "gone", "assistant", "y", 1),
+        message("11", "5", "assistant", "removed", 2, deleted=True),
+    ]  # fmt: skip
+    commit = hub.commit({"trees.jsonl": "".join(json.dumps(row) + "\n" for row in rows).encode()})
+    source = {
+        "source": "hub-trees", "name": "trees", "preferred_by": "humans", "repo": REPO, "revision": commit,
+        "pattern": "trees.jsonl", "format": "jsonl", "license": "Apache-2.0", "license_evidence": "the card",
+        "domain_field": "lang", "where": {"deleted": ["False"]},
+    }  # fmt: skip
+    sealed, _ = seal(source, inputs, tmp_path / "out")
+    table = read_table(sealed / "preferences.parquet").to_pylist()
+    assert [(row["chosen"], row["rejected"], row["strength"], row["domain"]) for row in table] == [
+        ("good", "fair", 1.0, "en"), ("good", "bad", 2.0, "en"), ("fair", "bad", 1.0, "en"), ("better", "worse", 1.0, "de"),
+    ]  # fmt: skip
+    assert [(m["role"], m["content"]) for m in json.loads(table[3]["messages"])] == [
+        ("user", "say a"), ("assistant", "good"), ("user", "again"),
+    ]  # fmt: skip
+    assert sealed.json("summary.json")["sources"]["trees"]["left_out"] == {"no pair": 1}
+    section = preference_pairs.PreferenceSection.model_validate({"sources": [source]})
+    assert preference_pairs.PreferenceSection.model_validate(section.model_dump(mode="json")) == section
+    with pytest.raises(ValidationError, match="chosen_field has no effect on trees, whose ranks make the pairs"):
+        preference_pairs.PreferenceSection.model_validate({"sources": [{**source, "chosen_field": "text"}]})
 
 
 @pytest.mark.parametrize(

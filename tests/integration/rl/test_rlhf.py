@@ -7,7 +7,6 @@ import json
 import shutil
 import signal
 from pathlib import Path
-from typing import Any
 
 import pytest
 from pydantic import ValidationError
@@ -21,40 +20,8 @@ from stages.rl.protocols import NoSettings, Response, VerifierContext, VerifierF
 from stages.rl.rewards.reward_model import RewardModel, reward_input
 from stages.rl.rollout import rollouts
 from tests.fixtures import rl_fixtures, train_fixtures
+from tests.fixtures.preference_fixtures import PHASE, REWARD, run, settings
 from tests.fixtures.run_fixtures import RecordingReport
-
-
-def rows_source(kind: str) -> dict[str, Any]:
-    settings = {"verifier": "instructions", "kind": kind, "license": "MIT", "origin": "a test"}
-    return {"source": "rows", "path": "unused", "digest": f"sha256:{0:064d}", **settings}
-
-
-PHASE = dict(
-    preferences={"tasks": [rows_source("letter")], "count": 8, "num_generations": 6},
-    sft_tasks={"tasks": [rows_source("skill")], "count": 6, "num_generations": 2},
-    sampling={"max_new_tokens": 36},
-    steps=8,
-    updates=2,
-    beta=2.0,
-    nll_coef=0.2,
-    micro_batches=2,
-    optimizer=rl_fixtures.OPTIMIZER | {"lr": 3e-3, "final_lr": 3e-3},
-    validate_every=3,
-    release_checkpoint_interval=8,
-    checkpoint_interval=1,
-)
-REWARD = dict(
-    pairs=12,
-    steps=24,
-    micro_batches=2,
-    optimizer=rl_fixtures.OPTIMIZER | {"lr": 1e-2, "final_lr": 1e-3},
-    validate_every=12,
-    release_checkpoint_interval=24,
-)
-
-
-def settings(phase: dict[str, Any], **changed: Any) -> dict[str, Any]:
-    return {**rl_fixtures.config(), "phase": {**phase, **changed}}
 
 
 def test_a_weight_without_an_effect_is_refused() -> None:
@@ -73,14 +40,6 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Artifact]:
     (folder / "asked").mkdir()
     write_jsonl(folder / "asked" / "tasks.jsonl", rows)
     return artifacts | {"tasks": write_manifest(folder / "asked", "tasks-asked")}
-
-
-def run(
-    stage: Any, config: dict[str, Any], inputs: dict[str, Artifact], work: Path, out: Path, report: Any = None
-) -> None:
-    work.mkdir(parents=True, exist_ok=True)
-    out.mkdir(parents=True)
-    stage.run(stage.STAGE.config.model_validate(config), inputs, work, out, report or train_fixtures.Reporter())
 
 
 @pytest.fixture(scope="module")
