@@ -17,7 +17,7 @@ from stages.formats.table import read_table, write_jsonl
 from stages.rl import dpo, reward_model, rlvr
 from stages.rl.algorithms.preferences import best_and_worst
 from stages.rl.protocols import Response, VerifierContext, VerifierFailed
-from stages.rl.rewards.reward_model import RewardModel, reward_input
+from stages.rl.rewards.reward_model import RewardModel, RewardModelSettings, reward_input
 from stages.rl.rollout import rollouts
 from tests.fixtures import rl_fixtures, train_fixtures
 from tests.fixtures.preference_fixtures import PHASE, REWARD, run, settings
@@ -160,7 +160,7 @@ def test_the_reward_model_scores_as_it_was_trained(
         tmp_path / "out",
     )
     verifier_inputs = {"reward": trained, "reward_model": write_manifest(tmp_path / "out", "export-test")}
-    verifier = RewardModel(VerifierContext(RewardModel.Settings(), verifier_inputs, Chat(inputs["tokenizer"])))
+    verifier = RewardModel(VerifierContext(RewardModelSettings(), verifier_inputs, Chat(inputs["tokenizer"])))
     pairs = read_table(calm / "pairs.parquet").to_pylist()
     rows = [rl_fixtures.row("p", "letter", 0, pair["question"]) for pair in pairs]
     scores = {
@@ -183,7 +183,7 @@ def test_the_reward_model_scores_as_it_was_trained(
     other = Artifact("", "", tmp_path / "other", ())
     write_other_tokenizer(inputs["tokenizer"], other.path)
     with pytest.raises(AtomError, match="^the reward model export-test has another tokenizer than the policy, whose"):
-        RewardModel(VerifierContext(RewardModel.Settings(), verifier_inputs, Chat(other)))
+        RewardModel(VerifierContext(RewardModelSettings(), verifier_inputs, Chat(other)))
 
 
 def write_other_tokenizer(tokenizer: Artifact, folder: Path) -> None:
