@@ -118,7 +118,8 @@ def reward_model(measured: Mapping[str, Any] | None) -> list[str]:
         return []
 
     def row(name: str, part: Mapping[str, Any]) -> list[str]:
-        shares = [(part["accuracy"], part["interval"]), tuple(part["longer_is_better"].values())]
+        longer = part["longer_is_better"]
+        shares = [(part["accuracy"], part["interval"]), (longer["value"], longer["interval"])]
         cells = (f"{value:.3f} ({low:.3f} to {high:.3f})" for value, (low, high) in shares)
         return [name, count(part["pairs"]), count(part["questions"]), *cells]
 

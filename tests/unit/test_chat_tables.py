@@ -46,12 +46,12 @@ def test_scores_on_clean_items_have_no_names_of_nodes() -> None:
 def test_the_reward_model_stands_beside_the_rule_about_length() -> None:
     part = {
         "pairs": 40, "questions": 30, "accuracy": 0.75, "interval": [0.6, 0.86],
-        "longer_is_better": {"value": 0.625, "interval": [0.45, 0.77]},
+        "longer_is_better": {"interval": [0.45, 0.77], "value": 0.625},
     }  # fmt: skip
     measured = {
         "heldout_pairs": 80, "heldout_questions": 60, "preferred_by": {"humans": 78, "rules": 2}, "prefers_longer": 0.7,
         "heldout_accuracy": {"first": 0.5, "last": 0.8, "interval": [0.68, 0.88]},
-        "longer_is_better": {"value": 0.6, "interval": [0.47, 0.71]}, "domains": {"code": part, "general": part},
+        "longer_is_better": {"interval": [0.47, 0.71], "value": 0.6}, "domains": {"code": part, "general": part},
     }  # fmt: skip
     sentence, _, _, _, *rows = chat_tables.reward_model(measured)
     assert "ordered 78 by humans, 2 by rules (rule preferences)." in sentence and "In 0.700 of the pairs" in sentence
