@@ -140,7 +140,7 @@ PARTS = {
         "Real vLLM servers in Slurm jobs beside RL: canceled, started again, orphaned; ATOM_VLLM_PYTHON names their Python.",
     ),
     "training": Part(
-        test_steps(*integration_tests("adapter", "asynchronous", "cluster_recipes", "deepseek_v3", "dense_model", "device_test", "distillation", "distilled_release", "fake_quantization", "glm4_moe", "start_records", "layouts", "million_tokens", "model_rope", "precision_simulation", "probes", "rank_simulation", "ranks", "rehearsal", "replay", "replay_answers", "rl_rank_simulation", "reward_hack", "rlvr", "run", "seal", "slow_ranks", "spikes", "tools", "tracking", "train_loop", "verdicts")),
+        test_steps(*integration_tests("adapter", "asynchronous", "cluster_recipes", "deepseek_v3", "dense_model", "device_test", "distillation", "distilled_release", "fake_quantization", "glm4_moe", "start_records", "layouts", "million_tokens", "model_rope", "precision_simulation", "probes", "rank_simulation", "ranks", "rehearsal", "replay", "replay_answers", "reward_server", "rl_rank_simulation", "reward_hack", "rlvr", "run", "seal", "slow_ranks", "spikes", "tools", "tracking", "train_loop", "verdicts")),
         ["tests", "result"],
         "Every feature in every layout, runs that are killed, stopped and simulated, and the memory of simulated layouts.",
     ),

@@ -23,7 +23,7 @@ from stages.rl.rewards.reward_model import RewardModel, RewardModelSettings
 from stages.rl.rewards.reward_server import ServedScorer
 from stages.rl.rollout.generation import Chat, Verifiers
 from tests.fixtures import rl_fixtures, train_fixtures
-from tests.fixtures.run_fixtures import SOAK
+from tests.fixtures.run_fixtures import at_length
 
 RUN = "run-1"
 
@@ -178,7 +178,7 @@ def test_a_server_in_a_job_is_found_by_files_and_ends_with_the_stage(
     model.close()
 
 
-@pytest.mark.skipif(not SOAK, reason="of the soak: one more start of a server")
+@at_length("training", 10)
 def test_a_server_that_dies_ends_its_job_which_is_started_again(job: Job, inputs: dict[str, Artifact]) -> None:
     """The job fails with the sentence of the server, so that Slurm's side puts it into the queue again."""
     job.thread.start()
