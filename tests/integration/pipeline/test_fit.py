@@ -221,7 +221,7 @@ def test_what_made_the_largest_recipe_fit_is_what_the_formulas_count(tmp_path: P
     body = profile.model_dump()
     body["slurm"]["servers"]["gpus_per_node"] = 4
     small = misfits(rows, Profile.model_validate(body))
-    assert set(small) == {"rlvr", "dpo"}
+    assert set(small) == {"rlvr", "dpo", "online-rlhf"}
     assert "its server needs" in small["dpo"][0] and "a GPU has 76.0 (gpu.memory_gb)" in small["dpo"][0]
     with pytest.raises(RecipeError, match="evaluation.engine.gpus = 3 does not divide the 64 heads"):
         planned("atom-235b-a22b", tmp_path, kind="vllm", gpus=3)
