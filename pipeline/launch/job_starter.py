@@ -37,17 +37,25 @@ class Controller:
 
     def __init__(self, pid: int) -> None:
         self.pid = pid
+        self._start = self._state()[1]
 
     def poll(self) -> int | None:
         """Returns None while it runs. The outcome of a job is in its events."""
-        try:
-            state = Path(f"/proc/{self.pid}/stat").read_bytes().rpartition(b")")[2].split()[0]
-        except OSError:
-            return 0
-        return 0 if state in b"ZX" else None
+        state, start = self._state()
+        # Nobody waits for the controller, so that another process may get its number.
+        return 0 if state in b"ZX" or start != self._start else None
 
     def send_signal(self, number: int) -> None:
-        os.kill(self.pid, number)
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def _state(self) -> tuple[bytes, bytes]:
+        """Returns the state and the start time of the process; X if there is none."""
+        try:
+            fields = Path(f"/proc/{self.pid}/stat").read_bytes().rpartition(b")")[2].split()
+        except OSError:
+            return b"X", b""
+        return fields[0], fields[19]
 
 
 class JobStarter:
@@ -126,13 +134,17 @@ def _control(folder: Path, variables: Mapping[str, str], ranks: int) -> None:
                 os.kill(pid, number)
 
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    # A signal waits until all ranks are there to get it.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     signal.signal(signal.SIGTERM, pass_on)
     for rank in range(ranks):
         pid = os.fork()
         if pid == 0:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
             return _run_rank(folder, job, variables, rank)
         pids.append(pid)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     for pid in pids:
         os.waitpid(pid, 0)
     os._exit(0)

@@ -365,6 +365,8 @@ class Distillation(RlPhase):
     """always 0: every answer is learnt from, and none is drawn again"""
     size_exponent: Annotated[float, Range(0, 0)] = 0.0
     """always 0: kinds of tasks are drawn equally"""
+    truncated_answers: Literal["scored"] = "scored"
+    """always scored: the teacher corrects the tokens of every answer"""
 
     @model_validator(mode="after")
     def _weighs_each_token(self) -> Distillation:

@@ -40,6 +40,11 @@ def messages_of(row: Row) -> Sequence[Mapping[str, Any]]:
     return messages
 
 
+def contents(row: Row) -> list[str]:
+    """Returns the texts of all messages up to the answer."""
+    return [str(message["content"]) for message in messages_of(row)]
+
+
 def question(row: Row) -> str:
     """Returns the user's question: the content of the last message."""
     return str(messages_of(row)[-1]["content"])

@@ -118,7 +118,9 @@ class Dpo(PolicyTrainer):
     @property
     def _pairs_needed(self) -> int:
         """The pairs of its own answers without which a round is idle."""
-        return self.phase.updates - (self.phase.stored_pairs.count if self.phase.stored_pairs else 0)
+        stored = self.phase.stored_pairs.count if self.phase.stored_pairs else 0
+        # Pairs of both kinds are dealt from the first update on, so one kind has to reach the last one.
+        return 0 if stored >= self.phase.updates else self.phase.updates
 
     def _batch(
         self, pairs: Sequence[tuple[Rollout, Rollout]], stored: Sequence[Pair], correct: Sequence[Rollout]

@@ -70,6 +70,9 @@ def main() -> None:
     class Handler(BaseHTTPRequestHandler):
         """Passes a request to the guard."""
 
+        # Seconds of silence after which a connection ends: nobody can hold threads before the signature is read.
+        timeout = 60
+
         def do_GET(self) -> None:
             path, _, query = self.path.partition("?")
             headers = [

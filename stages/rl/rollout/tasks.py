@@ -50,7 +50,7 @@ from stages.rl.protocols import (
 )
 from stages.rl.rollout.generation import Verifiers
 from stages.rl.rollout.unsolved import ALTERNATIVES, unsolved_answers
-from stages.tasks import Row, bin_of, question, right_answer
+from stages.tasks import Row, bin_of, contents, question, right_answer
 from stages.tasks.benchmarks import texts_of as item_texts
 from stages.tasks.eval_set import chat_rows, texts_of
 
@@ -113,9 +113,9 @@ def run(config: TasksConfig, inputs: Inputs, work: Path, out: Path, report: Repo
     """
     excluded = {text for _, text in texts_of(inputs["items"])} | {question(row) for row in chat_rows(inputs["items"])}
     rows = [row for source in config.sources for row in source.rows(config.seed, excluded)]
-    tasks = [row for row in rows if question(row) not in excluded]
+    tasks = [row for row in rows if excluded.isdisjoint(contents(row))]
     if len(rows) > len(tasks):
-        report.note(f"{len(rows) - len(tasks)} tasks ask what an evaluation item asks and were left out")
+        report.note(f"{len(rows) - len(tasks)} tasks have the text of an evaluation item and were left out")
     if config.ngram is not None:
         tasks = _without_shared_words(tasks, inputs["benchmarks"], config.ngram, report)
     tasks = _without_secrets(tasks, report)
@@ -151,11 +151,11 @@ def _probe(config: TasksConfig, tasks: Sequence[Row], report: Report) -> dict[st
 
 
 def _without_shared_words(tasks: list[Row], benchmarks: Artifact, ngram: int, report: Report) -> list[Row]:
-    """Returns the tasks whose question shares no `ngram` words with an item, nor all words of a shorter item."""
+    """Returns the tasks whose messages share no `ngram` words with an item, nor all words of a shorter item."""
     from stages.data.curate.decontamination import ContaminationIndex
 
     index = ContaminationIndex(item_texts(benchmarks), ngram)
-    matches = {row["id"]: match[0] for row in tasks if (match := index.find(question(row)))}
+    matches = {row["id"]: found[0][0] for row in tasks if (found := list(filter(None, map(index.find, contents(row)))))}
     if matches:
         first = next(iter(matches))
         report.note(

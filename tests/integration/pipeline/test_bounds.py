@@ -216,7 +216,14 @@ def test_published_runs_are_within_all_bounds(tmp_path: Path, name: str) -> None
     """Also as products: FLOPs, memory of a rank, and bytes of checkpoints."""
     model, vocabulary, rate, tokens, steps, length, changes = PUBLISHED[name]
     body = copy.deepcopy(PACKAGED["atom-1b-a300m"])
-    for section in ("sft", "rlvr", "preferences", "dpo", "reward_model", "online_rlhf"):  # their reports are of pre-training
+    for section in (
+        "sft",
+        "rlvr",
+        "preferences",
+        "dpo",
+        "reward_model",
+        "online_rlhf",
+    ):  # their reports are of pre-training
         del body[section]
     body["model"] = {"experts": 2, "num_experts_per_tok": 2, "context_length": length, **model}
     body["tokenizer"] |= {"vocab_size": vocabulary, "padded_vocab_size": vocabulary}
