@@ -5,7 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from pydantic import ValidationError
@@ -235,6 +235,11 @@ def test_dpo_learns_from_stored_pairs(inputs: dict[str, Artifact], pairs: Artifa
     run(dpo, several, {**inputs, "preferences": pairs}, tmp_path / "w2", tmp_path / "o2")
     last = [line for line in rl_fixtures.lines(tmp_path / "o2") if "pair_loss" in line][-1]
     assert last["pair_margin"] > 0.1 and last["pair_loss"] < 0.68, last
+    # Both kinds of pairs begin with the first update, so that neither reaches the last one of these.
+    changed = {"stored_pairs": stored | {"count": 13}, "updates": 16, "steps": 1, "release_checkpoint_interval": 1}
+    run(dpo, settings({**phase, **changed}), {**inputs, "preferences": pairs}, tmp_path / "w3", tmp_path / "o3")
+    (line,) = [line for line in rl_fixtures.lines(tmp_path / "o3") if "stored_pairs" in line]
+    assert line["idle"] and 16 - 13 <= line["pairs"] < 16, line
 
 
 def test_a_prompt_is_on_one_side(inputs: dict[str, Artifact], tmp_path: Path) -> None:
@@ -271,3 +276,18 @@ def test_prompts_of_the_hub_are_tasks_for_the_reward_model(hub: Hub) -> None:
     assert asked == [f"say {n}" for n in range(6)] and {task["verifier"] for task in tasks} == {"reward-model"}
     phase = RlPhase.model_validate({**rl_fixtures.PHASE, "tasks": [source]})
     assert phase.tasks[0].verifier == "reward-model"
+
+
+def test_a_task_is_searched_in_all_of_its_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    from stages.rl.rollout import tasks
+
+    item = "which of these metals melts at the lowest temperature of all"
+    turns = [[item, "mercury", "thank you"], ["hello", "hello", "thank you"]]
+    rows = [
+        {"id": f"{n}", "responses_create_params": {"input": [{"role": "user", "content": text} for text in texts]}}
+        for n, texts in enumerate(turns)
+    ]
+    monkeypatch.setattr(tasks, "item_texts", lambda benchmarks: iter([("metals/1", item)]))
+    report = RecordingReport()
+    kept = tasks._without_shared_words(cast(Any, rows), cast(Any, None), 8, cast(Any, report))
+    assert [row["id"] for row in kept] == ["1"] and "metals/1" in str(report.notes)
