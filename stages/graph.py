@@ -42,6 +42,7 @@ from stages.rl.nodes import (
     online_nodes,
     trained_models,
 )
+from stages.rl.protocols import TRAINED
 from stages.train import nodes, smaller_model
 from stages.train.imported_weights import StartFrom, dtype_of, require_dtype
 from stages.train.imported_weights import start_from_section as start_from
@@ -294,6 +295,7 @@ def problems(recipe: Recipe) -> Iterator[str]:
         config.sizes, config.model, config.pretrain, vocabulary, config.start_from is None
     )
     yield from _problems_of_distillation(config)
+    yield from _problems_of_the_reward_model(config)
     if config.rlvr and config.rlvr.pass_rates and not config.sft:
         yield (
             "rlvr.pass_rates measures the model that sft leaves, in conversation, and the recipe has no section sft; "
@@ -309,6 +311,16 @@ def problems(recipe: Recipe) -> Iterator[str]:
             f"sft.lora trains an adapter, and {later} would train the weights that it leaves as they are; leave out "
             f"{later}, or sft.lora"
         )
+
+
+def _problems_of_the_reward_model(config: ReleaseRecipe) -> Iterator[str]:
+    """Phases that ask for the reward model and have none: it is trained for online_rlhf, after all others."""
+    for name, section in (("rlvr", config.rlvr), ("distillation", config.distillation)):
+        if section and any(source.verifier == TRAINED for source in section.tasks):
+            yield f"{name}.tasks name the verifier {TRAINED}, which only online_rlhf has; name another one"
+    for name, phase in (("rlvr", config.rlvr), ("dpo", config.dpo), ("distillation", config.distillation)):
+        if phase and phase.scoring_servers:
+            yield f"{name}.verifiers.{TRAINED}.servers would score nothing; leave it out, or set it in online_rlhf"
 
 
 def _problems_of_distillation(config: ReleaseRecipe) -> Iterator[str]:

@@ -58,6 +58,12 @@ def test_the_student_is_tuned_as_sft_is_but_for_its_optimizer(tmp_path: Path) ->
     assert differ == {"optimizer"} and student.optimizer.lr == 5e-3
 
 
+PROMPTS = {
+    "source": "hub-prompts", "repo": "a/b", "revision": "0" * 40, "pattern": "x", "format": "jsonl", "prompt_field": "p",
+    "kind": "chat", "count": 5, "license": "MIT", "license_evidence": "the card",
+}  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -70,6 +76,14 @@ def test_the_student_is_tuned_as_sft_is_but_for_its_optimizer(tmp_path: Path) ->
         ),
         ({"distillation": {**DISTILLATION, "algorithm": "gspo"}}, "algorithm = gspo has one ratio for an answer"),
         ({"distillation": {**DISTILLATION, "sampling": {"max_new_tokens": 256}}}, "leaves no room for a question"),
+        (
+            {"distillation": {**DISTILLATION, "verifiers": {"reward-model": {"servers": 1}}}},
+            "distillation.verifiers.reward-model.servers would score nothing",
+        ),
+        (
+            {"distillation": {**DISTILLATION, "tasks": [PROMPTS]}},
+            "distillation.tasks name the verifier reward-model, which only online_rlhf has",
+        ),
         ({"release__variants": ["distilled"]}, "distilled is of a recipe with the section distillation, and needs no"),
     ],
 )
