@@ -218,8 +218,8 @@ def run_seed(size: Size, seed: int, rates: Mapping[str, Sequence[float]], home: 
     """The figures of a seed: by arm and rate. They are read if they are there already."""
     file = home / f"seed-{seed}.json"
     if file.is_file():
-        found: dict[str, Any] = json.loads(file.read_text())
-        return found
+        figures: dict[str, Any] = json.loads(file.read_text())
+        return figures
     started = time.process_time()
     with TemporaryDirectory() as place:
         folder = Path(place)

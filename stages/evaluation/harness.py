@@ -350,7 +350,7 @@ def _response(sample: dict[str, Any]) -> str:
 
 def lack(config: HarnessConfig) -> str | None:
     """Returns what this machine lacks for the engine, or to score answers, in one sentence; None if nothing."""
-    from stages.tasks.benchmark_scoring import obstacle_of
+    from stages.evaluation.benchmark_scoring import obstacle_of
 
     return config.engine.lack or obstacle_of(each for each in config.sets if config.forms.get(each.name, (RAW,)))
 

@@ -457,10 +457,10 @@ class SourcePairs:
             self.by_domain[row["domain"]] += 1
             yield row
         wrong = sum(count for reason, count in self.left.items() if reason not in ASKED)
-        asked = sum(self.left.values()) - wrong
-        if self.read - asked - wrong < MIN_SHARE * (self.read - asked) or self.read == 0:
+        filtered = sum(self.left.values()) - wrong
+        if self.read - filtered - wrong < MIN_SHARE * (self.read - filtered) or self.read == 0:
             raise AtomError(
-                f"preferences {self.source.name}: of {self.read} rows only {self.read - asked - wrong} are pairs "
+                f"preferences {self.source.name}: of {self.read} rows only {self.read - filtered - wrong} are pairs "
                 f"(left out: {dict(sorted(self.left.items()))}); correct the fields, or where"
             )
 
@@ -495,8 +495,8 @@ class SourcePairs:
         domain = "" if source.domain_field is None else field_at(row.fields, source.domain_field)
         prompt = json.dumps(messages, ensure_ascii=False)
         # As a reward model reads them, with the token of its score.
-        asked = len(self.screen.template.encode_question(messages)) + 2
-        tokens = [asked + len(self.screen.template.encode_text(text)) for text in (chosen, rejected)]
+        prompt_tokens = len(self.screen.template.encode_question(messages)) + 2
+        tokens = [prompt_tokens + len(self.screen.template.encode_text(text)) for text in (chosen, rejected)]
         return {
             "id": f"{source.name}/{row.name}",
             "source": source.name,

@@ -34,7 +34,7 @@ from stages.formats.table import Int32, String, columns_of, read_table, write_js
 
 # Of a folder of tasks.
 MOST_FILES = 10_000
-OWN_TASKS = Path(__file__).with_name("benchmark_tasks")
+OWN_TASKS = Path(__file__).parents[1] / "evaluation/benchmark_tasks"
 # Assumed items of a task of one's own, and tokens of an item, once with each of its choices. The test set of MMLU has
 # 6,967,453 bytes, 496 an item (README of cais/mmlu on the Hub), so 125 tokens of four bytes, read with four choices.
 TASK_ITEMS, ITEM_TOKENS = 2000, 500
@@ -86,11 +86,11 @@ class TaskSet(Config):
 def _packaged() -> dict[str, TaskSet]:
     """Returns the task sets of task_sets.yaml, by name."""
     body = read_trusted(Path(__file__).with_name("task_sets.yaml"))
-    own: dict[str, Any] = {"folder": str(OWN_TASKS), "folder_digest": _digest(_files(OWN_TASKS), OWN_TASKS)}
+    of_project: dict[str, Any] = {"folder": str(OWN_TASKS), "folder_digest": _digest(_files(OWN_TASKS), OWN_TASKS)}
     packaged = {}
     for name, fields in body.items():
         is_own = fields.pop("own", False)
-        packaged[name] = TaskSet(name=name, **fields, **(own if is_own else {}))
+        packaged[name] = TaskSet(name=name, **fields, **(of_project if is_own else {}))
     return packaged
 
 

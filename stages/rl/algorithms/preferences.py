@@ -253,11 +253,11 @@ def _example(r: Rollout, pair: float, anchor: float) -> Example:
 
 def _stored_examples(chat: generation.Chat, pair: Pair) -> list[Example]:
     """Returns both answers of a pair from files, as the policy would have drawn them."""
-    asked, examples = chat.encode_question(pair.messages), []
+    prompt_ids, examples = chat.encode_question(pair.messages), []
     for text in (pair.chosen, pair.rejected):
         ids = [*chat.encode_text(text), chat.turn_end]
         tokens = {"reference": [0.0] * len(ids), "anchor": [0.0] * len(ids)}
-        examples.append(Example([*asked, *ids], len(asked), {"pair": 1.0, "stored": 1.0}, tokens))
+        examples.append(Example([*prompt_ids, *ids], len(prompt_ids), {"pair": 1.0, "stored": 1.0}, tokens))
     return examples
 
 

@@ -57,9 +57,9 @@ def main() -> None:
     async def app(scope: Any, receive: Any, send: Any) -> None:
         content = dict(facts)
         if scope["path"] == "/atom/score":
-            asked = json.loads((await receive())["body"])
+            request = json.loads((await receive())["body"])
             with lock:  # one batch at a time; /health is answered meanwhile
-                content["scores"] = scorer.scores(asked["rows"], asked["pad"], asked["end"])
+                content["scores"] = scorer.scores(request["rows"], request["pad"], request["end"])
         body = json.dumps(content).encode()
         headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
         await send({"type": "http.response.start", "status": 200, "headers": headers})

@@ -16,10 +16,10 @@ from release.hub.local import server
 from release.hub.local.store import Commit, HubStore, Repo
 from stages.data.curate.decontamination import ContaminationIndex
 from stages.data.recipe import load as load_data_recipe
-from stages.evaluation import harness
+from stages.evaluation import benchmark_scoring, harness
 from stages.formats.table import read_table
 from stages.rl.sandbox import missing
-from stages.tasks import benchmark_scoring, benchmarks
+from stages.tasks import benchmarks
 from stages.tasks.benchmarks import TASK_SETS, HarnessSection
 from tests.fixtures import ROOT, miniature_hub, release_fixtures
 from tests.fixtures.run_fixtures import at_length

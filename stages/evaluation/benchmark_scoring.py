@@ -36,8 +36,8 @@ def _verifier(name: str) -> Verifier:
 
 def obstacle_of(task_sets: Iterable[TaskSet]) -> str | None:
     """Returns the reason why answers to one of these sets cannot be scored on this machine, if any."""
-    own = {task_set.name for task_set in task_sets if task_set.folder == str(OWN_TASKS)}
-    return obstacle([VERIFIERS[name] for name in own], {})
+    scored_here = {task_set.name for task_set in task_sets if task_set.folder == str(OWN_TASKS)}
+    return obstacle([VERIFIERS[name] for name in scored_here], {})
 
 
 def _solved(verifier: str, row: Row, answer: str) -> dict[str, float]:
