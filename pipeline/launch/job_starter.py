@@ -28,6 +28,8 @@ from pipeline.core.errors import MachineError
 # Seconds that a rank waits for the pickle of its job, which submitit puts in place after the start. submitit itself
 # looks for it once a second.
 PICKLE_SECONDS = 10.0
+# Seconds for the answer to a request: the imports take some, and many more on a slow shared disk.
+ANSWER_SECONDS = 600.0
 # The name of a rank's process, before its number.
 RANK_NAME = b"rank "
 
@@ -73,12 +75,18 @@ class JobStarter:
         self._socket: socket.socket | None = None
 
     def start(self, folder: Path, variables: Mapping[str, str], ranks: int) -> Controller:
-        """Starts a job. Raises MachineError if the process is killed meanwhile.
+        """Starts a job.
+
+        If it is interrupted, the process ends: the next job would read this one's answer. A job that was started
+        unseen ends by itself, since its pickle never comes.
 
         Args:
             folder: submitit's folder of the job.
             variables: Further variables of its ranks, which Python does not see when it starts.
             ranks: The number of its processes.
+
+        Raises:
+            MachineError: The process is killed meanwhile, or does not answer.
         """
         if self._process is None or self._process.poll() is not None:
             self.close()
@@ -90,9 +98,20 @@ class JobStarter:
         assert self._socket is not None
         request = json.dumps({"folder": str(folder), "variables": dict(variables), "ranks": ranks})
         pid = b""
-        with suppress(ConnectionError):
-            self._socket.sendall(request.encode() + b"\n")
-            pid = self._socket.recv(64)
+        self._socket.settimeout(ANSWER_SECONDS)
+        try:
+            with suppress(ConnectionError):
+                self._socket.sendall(request.encode() + b"\n")
+                pid = self._socket.recv(64)
+        except TimeoutError:
+            self.close()
+            raise MachineError(
+                f"the process that starts stages has not answered for {ANSWER_SECONDS:.0f} s, perhaps because a disk "
+                "hangs; see to it, and run the command again"
+            ) from None
+        except BaseException:
+            self.close()
+            raise
         if not pid:
             raise MachineError("the process that starts stages was killed, perhaps for memory; run the command again")
         return Controller(int(pid))
@@ -103,6 +122,7 @@ class JobStarter:
             self._socket.close()
             self._process.kill()
             self._process.wait()
+            self._process = self._socket = None
 
 
 def serve(connection: socket.socket, libraries: Sequence[str]) -> None:
