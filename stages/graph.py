@@ -324,7 +324,7 @@ def _problems_of_the_reward_model(config: ReleaseRecipe) -> Iterator[str]:
 
 
 def _problems_of_distillation(config: ReleaseRecipe) -> Iterator[str]:
-    """A student or a teacher that the recipe does not have."""
+    """A student or a teacher that the recipe does not have, and rows that the student cannot read."""
     section = config.distillation
     if section is None:
         return
@@ -333,6 +333,14 @@ def _problems_of_distillation(config: ReleaseRecipe) -> Iterator[str]:
             f"distillation.size = {section.size} names a smaller model, and sizes has {len(config.sizes)}; add it "
             "there, or name another"
         )
+    elif config.sft and config.pretrain:
+        context = config.sizes[section.size - 1].resolve(config.model, config.pretrain)[0].context_length
+        if config.sft.sequence_length > context:
+            yield (
+                f"sft.sequence_length = {config.sft.sequence_length} is longer than the context of {context} tokens "
+                f"that sizes.{section.size - 1}, the student of distillation, is pre-trained with; shorten the "
+                "sequence, or leave out distillation"
+            )
     if config.sft is None:
         yield "distillation begins with a student that was fine-tuned on the rows of sft; add the section sft"
     elif config.sft.lora or config.sft.continue_from:

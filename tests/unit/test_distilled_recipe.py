@@ -74,6 +74,11 @@ PROMPTS = {
             {"sft__lora": {"rank": 2, "alpha": 2, "targets": ["attention"]}, **WITHOUT_RLVR},
             "sft.lora trains an adapter, and a teacher is a whole model",
         ),
+        (
+            {"sizes": [{"model": {**SIZES[0]["model"], "context_length": 64}}]},
+            "sft.sequence_length = 128 is longer than the context of 64 tokens that sizes.0, the student of "
+            "distillation, is pre-trained with; shorten the sequence, or leave out distillation",
+        ),
         ({"distillation": {**DISTILLATION, "algorithm": "gspo"}}, "algorithm = gspo has one ratio for an answer"),
         ({"distillation": {**DISTILLATION, "sampling": {"max_new_tokens": 256}}}, "leaves no room for a question"),
         (
