@@ -277,7 +277,8 @@ def gates(recipe: Recipe) -> Iterator[PlannedGate]:
     config = recipe.config
     assert isinstance(config, ReleaseRecipe)
     nodes_of_models = {name: node for name, (node, _) in config.exported.items()}
-    return planned_gates(config.evaluation, phases_of(nodes_of_models), config.sft is not None)
+    phases = phases_of(nodes_of_models, config.reward_model is not None)
+    return planned_gates(config.evaluation, phases, config.sft is not None)
 
 
 def problems(recipe: Recipe) -> Iterator[str]:

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from pipeline.graph.dag import NodeSpec
 from pipeline.graph.plan import PlannedGate
-from stages.evaluation.gates import RULES, judged_after
+from stages.evaluation.gates import REWARD, RULES, judged_after
 from stages.evaluation.gates_stage import NAME
 from stages.evaluation.settings import EvaluationSection, Measured
 from stages.train import merge
@@ -21,7 +21,7 @@ def planned_gates(section: EvaluationSection, phases: Mapping[str, str], convers
 
     Args:
         section: The section `evaluation`.
-        phases: {exported model: phase that trained it}, in the order of training.
+        phases: What `phases_of` returns.
         converses: Whether models are trained on conversations.
     """
     for gate, model in _judged_after(section, phases, converses):
@@ -29,13 +29,16 @@ def planned_gates(section: EvaluationSection, phases: Mapping[str, str], convers
         yield PlannedGate(gate, RULES[gate].compares, phases[model], judged, section.waived_gates.get(gate))
 
 
-def phases_of(exported: Mapping[str, str]) -> dict[str, str]:
-    """Returns {exported model: phase that trained it} from {exported model: its node}.
+def phases_of(exported: Mapping[str, str], has_reward_model: bool) -> dict[str, str]:
+    """Returns {model: phase that trained it} in the order of training, from {exported model: its node}.
 
-    Models that a release measures beside the one that it goes on with are left out.
+    Models that a release measures beside the one that it goes on with are left out. A reward model is among them,
+    before the policy that learns from it.
     """
     models = {name: node for name, node in exported.items() if not name.startswith("unmerged-")}
-    return {name: node.removeprefix(f"{merge.NAME}-") for name, node in models.items()}
+    phases = {name: node.removeprefix(f"{merge.NAME}-") for name, node in models.items()}
+    online = {name: phases.pop(name) for name in ("online-rlhf",) if name in phases}
+    return phases | ({REWARD: REWARD} if has_reward_model else {}) | online
 
 
 def with_gates(
@@ -51,7 +54,7 @@ def with_gates(
         converses: Whether models are trained on conversations.
     """
     section, names = measured.section, {spec.name for spec in specs}
-    phases = phases_of({name: model.node for name, model in measured.models.items()})
+    phases = phases_of({name: model.node for name, model in measured.models.items()}, REWARD in names)
     order, judged = list(phases), list(_judged_after(section, phases, converses))
     thresholds = {name: getattr(section, name) for name in THRESHOLDS}
     thresholds["chat"] = section.chat and {name: getattr(section.chat, name) for name in CHAT_THRESHOLDS}
@@ -77,8 +80,8 @@ def with_gates(
         }
         scores = [f"{kind}-{name}" for kind in ("evaluate", "solve", "prefer") for name in models]
         inputs = {name: name for name in (*scores, *(f"order-{phase}" for phase in of_text)) if name in names}
-        if "reward_model_orders_pairs" in here:
-            inputs["reward"] = "reward"
+        if model == REWARD:
+            inputs[REWARD] = REWARD
         gates[phases[model]] = NodeSpec(f"{NAME}-{phases[model]}", NAME, config, inputs)
     after: dict[str, tuple[str, ...]] = {}
     latest: tuple[str, ...] = ()

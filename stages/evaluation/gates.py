@@ -24,6 +24,8 @@ OUTCOMES = {True: "passed", False: "FAILED", None: "not judged"}
 """The words for the result of a gate."""
 AFTER_RLVR = ("dpo", "online-rlhf")
 """Models that learned from preferences, in the order of training."""
+REWARD = "reward"
+"""The reward model, and the phase that trains it."""
 Change = tuple[Figure, Figure]
 """A figure of two models, the earlier one first."""
 Thresholds = Mapping[str, Any]
@@ -418,7 +420,7 @@ def judged_after(models: Sequence[str], has_context: bool, answers: bool, compar
     """Yields (gate, model): the gate is judged as soon as the model is evaluated.
 
     Args:
-        models: All exported models, in the order of training.
+        models: All exported models, in the order of training, and `reward` if there is a reward model.
         has_context: Whether they are evaluated on long texts.
         answers: Whether chat models answer the problems.
         compares: Whether the answers of chat models are compared.
@@ -434,8 +436,8 @@ def judged_after(models: Sequence[str], has_context: bool, answers: bool, compar
         "rlvr_raises_pass_at_1": ["rlvr"] if answers and "sft" in models else [],
         "rlhf_keeps_skills": AFTER_RLVR if answers and "rlvr" in models else (),
     }
-    # Before the policy that learned from it is published. A release without that policy is judged when it is built.
-    after["reward_model_orders_pairs"] = ["online-rlhf"]
+    # Its training measures it, before a policy learns from it.
+    after["reward_model_orders_pairs"] = [REWARD]
     after |= {f"{model}_is_preferred": [model] if answers and compares else [] for model in AFTER_RLVR}
     for gate in RULES:
         yield from ((gate, model) for model in after[gate] if model in models)

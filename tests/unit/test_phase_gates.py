@@ -81,14 +81,16 @@ def test_gates_of_a_merged_phase_read_the_merged_model(tmp_path: Path) -> None:
 def test_cluster_recipes_judge_every_gate_before_the_next_phase(name: str, tmp_path: Path) -> None:
     graph = dag.compose(recipes.load(name), Store(tmp_path), without_data=True)
     planned = dag.gates(graph, graph.nodes)
-    absent = set() if "online-rlhf" in graph.nodes else {"online-rlhf_is_preferred"}
-    assert {gate.name for gate in planned} == gates.RULES.keys() - absent
+    assert {gate.name for gate in planned} == gates.RULES.keys()
     for gate in planned:
         assert gate.judged_by == f"gates-{gate.phase}"
         assert gate.name in graph.nodes[gate.judged_by].config.gates  # type: ignore[attr-defined]
     assert set(graph.nodes["longcontext-1"].after) - {"rehearsal-longcontext-1"} == {"gates-midtrain"}
     # Keys may be found only once all phases have lengthened the context.
     assert [gate.phase for gate in planned if gate.name == "longcontext_finds_passkeys"] == ["longcontext-2"]
+    # No policy learns from a reward model that orders pairs no better than their length does.
+    assert "gates-reward" in graph.nodes["online-rlhf"].after and "gates-dpo" in graph.nodes["reward"].after
+    assert set(graph.nodes["gates-reward"].inputs) >= {"reward"}
     assert graph.nodes["gates-longcontext-1"].config.later["longcontext_finds_passkeys"] == "longcontext-2"  # type: ignore[attr-defined]
 
 

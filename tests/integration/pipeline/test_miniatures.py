@@ -98,7 +98,7 @@ def test_the_command(tmp_path: Path) -> None:
     atom(tmp_path, *command, cwd=tmp_path)
     assert "mini-data.yaml exists" in atom(tmp_path, *command, cwd=tmp_path, code=2).stderr
     plan = atom(tmp_path, "plan", "mini.yaml", cwd=tmp_path).stdout
-    assert "117 of 117 stages to run" in plan
+    assert "118 of 118 stages to run" in plan
     refused = atom(tmp_path, "init", "other", "--miniature", "--ranks", "8", cwd=tmp_path, code=2).stderr
     assert refused.startswith("atom: --miniature sets the ranks")
 
