@@ -20,7 +20,7 @@ from stages.mcore.throughput import shape_of
 from stages.models.base import Rows
 from stages.models.parallel_layout import Layout, deal
 from stages.train.config import TrainConfig
-from stages.train.estimate import fullest, training_seconds
+from stages.train.estimate import rank_memory, training_seconds
 
 CONTEXT_TOKENS = 4096
 """Tokens of a row that each context rank has at least."""
@@ -52,7 +52,9 @@ def alternatives(config: TrainConfig, gpu: Accelerator, memory: float) -> Iterat
         layout = phase.parallelism.model_copy(update={"dispatcher": "alltoall"})
         if phase.micro_rows >= too_many.get(layout, math.inf):
             continue
-        if fullest(other, Rows(phase.micro_rows, phase.sequence_length, phase.pack))[-1] > memory:
+        rows = Rows(phase.micro_rows, phase.sequence_length, phase.pack)
+        # As a rule the first rank takes the most, so what does not fit is known without the others.
+        if any(sum(rank_memory(other, rows, rank)[1:]) > memory for rank in range(layout.pp)):
             too_many[layout] = phase.micro_rows
         else:
             yield _alternative(other)
