@@ -17,7 +17,7 @@ from tests.fixtures import rank_simulation_fixtures, train_fixtures
 from tests.fixtures.order_of_collectives import Call, DisorderError, classes, record, run_through
 
 BATCHED = {"ranks": 8, "tp": 2, "pp": 2, "ep": 2, "etp": 1, "overlap_gradients": True}
-INTERLEAVED = {"ranks": 4, "pp": 4, "vpp": 2}
+INTERLEAVED = {"ranks": 2, "pp": 2, "vpp": 2}
 """Stages that send in batches, and those of an interleaved pipeline, which send one by one."""
 
 
